@@ -1,0 +1,120 @@
+"""`contra_norm`: the equation of ContraNorm in every form in which the experiments use it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from contranorm import kernels
+
+Axis = Literal["tokens", "features"]
+Implementation = Literal["auto", "plain", "blocked"]
+
+
+def contra_norm(
+    x: Tensor,
+    scale: float | Tensor,
+    *,
+    tau: float = 1.0,
+    identity: bool = True,
+    axis: Axis = "tokens",
+    symmetric: bool = False,
+    pre_norm: bool = False,
+    mask: Tensor | None = None,
+    exclude: Tensor | None = None,
+    implementation: Implementation = "auto",
+) -> Tensor:
+    r"""One gradient step of the uniformity loss on the features: pushes rows apart that point the same way.
+
+    With :math:`\hat x = x / \|x\|` row by row and :math:`A = \mathrm{softmax}_{rows}(\hat x \hat x^\top / \tau)`:
+
+    .. math::
+        x \mapsto (1 + s)\,x - s\,A x \quad\text{(identity=True)}, \qquad
+        x \mapsto x - s\,A x \quad\text{(identity=False, Eq. 6)}
+
+    from "ContraNorm: A Contrastive Learning Perspective on Oversmoothing and Beyond", Guo, Wang, Du, Wang, ICLR 2023
+    (arXiv 2303.06562). The LayerNorm that follows it in the paper is in `contranorm.ContraNorm`.
+
+    Args:
+        x: features, (B, N, D) or (N, D), any float dtype. Computed in float32 at least, returned in the dtype of `x`.
+        scale: the step s; a number, or a tensor of shape (D,) for one step per feature. 0 means no step.
+        tau: temperature, > 0. A large one gives plain centring.
+        identity: keep the identity's share: (1 + s) x instead of x.
+        axis: "tokens" compares rows (N x N). "features" compares columns (D x D, the paper's D-ContraNorm):
+            ``(1 + s) x - s x softmax_rows(x̂ᵀx̂ / tau)``.
+        symmetric: both terms of the gradient ("dual softmax"): ``A + softmax_columns`` in place of ``A``.
+        pre_norm: x̂ in place of x everywhere.
+        mask: (B, N), or (N,) for an (N, D) input; True for real tokens. The others neither move nor count.
+        exclude: sparse CSR (N, N) whose stored entries (i, j), whatever their values, leave row i's softmax: the graph
+            form, with x (N, D). A row that has nothing left in its softmax has a contrast term of 0.
+        implementation: "plain" stores the N x N matrix, "blocked" is exact and never does, "auto" chooses.
+
+    Returns:
+        Same shape and dtype as `x`.
+
+    Raises:
+        ValueError: shapes, dtypes or switches that do not go together; the message names the one that is wrong.
+    """
+    _check(x, scale, tau, axis, symmetric, mask, exclude, implementation)
+    work = x if x.dtype == torch.float64 else x.float()
+    batch = work if x.dim() == 3 else work.unsqueeze(0)  # (B, N, D)
+    keep = None if mask is None else mask.reshape(batch.shape[:2])  # (B, N)
+    unit = F.normalize(batch, dim=-1)  # x̂; a zero row stays zero
+    if pre_norm:
+        batch = unit
+
+    if axis == "features":
+        contrast = kernels.feature_contrast(unit, batch, tau=tau, symmetric=symmetric, keep=keep)
+    else:
+        contrast = kernels.token_contrast(
+            unit, batch, tau=tau, symmetric=symmetric, keep=keep, exclude=exclude, implementation=implementation
+        )
+    step = scale.to(batch.dtype) if isinstance(scale, Tensor) else scale
+    moved = (1 + step) * batch - step * contrast if identity else batch - step * contrast
+    if keep is not None:
+        moved = torch.where(keep.unsqueeze(-1), moved, work.reshape(batch.shape))
+    return moved.reshape(x.shape).to(x.dtype)
+
+
+def _check(
+    x: Tensor,
+    scale: float | Tensor,
+    tau: float,
+    axis: str,
+    symmetric: bool,
+    mask: Tensor | None,
+    exclude: Tensor | None,
+    implementation: str,
+) -> None:
+    shape = tuple(x.shape)
+    if x.dim() not in (2, 3):
+        raise ValueError(
+            f"x must be (B, N, D) or (N, D), got {shape}: a similarity across any other axis would mix samples; "
+            "reshape so that the rows to be contrasted are the second last axis"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"x must be a float tensor, got {x.dtype}")
+    if not tau > 0:
+        raise ValueError(f"tau must be > 0, got {tau}")
+    if axis not in ("tokens", "features"):
+        raise ValueError(f"axis must be 'tokens' or 'features', got {axis!r}")
+    if implementation not in ("auto", *kernels.TOKEN_KERNELS):
+        raise ValueError(
+            f"implementation must be one of auto, {', '.join(kernels.TOKEN_KERNELS)}; got {implementation!r}"
+        )
+    if isinstance(scale, Tensor) and scale.dim() > 0 and scale.shape != x.shape[-1:]:
+        raise ValueError(f"scale must be a number or of shape ({shape[-1]},), got {tuple(scale.shape)}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
+        raise ValueError(
+            f"mask must be bool of shape {shape[:-1]} (True for real tokens), got {mask.dtype} {tuple(mask.shape)}"
+        )
+    if exclude is not None:
+        if axis == "features":
+            raise ValueError("exclude names pairs of rows: it has no meaning with axis='features'")
+        if exclude.layout != torch.sparse_csr:
+            raise ValueError(f"exclude must be a torch.sparse_csr tensor, got {exclude.layout}: call .to_sparse_csr()")
+        if x.dim() != 2 or exclude.shape != (shape[0], shape[0]):
+            raise ValueError(f"exclude must be (N, N) for x of (N, D), got {tuple(exclude.shape)} for {shape}")

@@ -1,0 +1,97 @@
+"""Norms for the nodes of one graph: GraphContraNorm, and the baselines of Table 3 that PyG has no equivalent of."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from contranorm.functional import Implementation, contra_norm
+
+
+class GraphContraNorm(nn.Module):
+    """(1+s)·x - s·A·x over the nodes of one graph, adjacent pairs left out of A's softmax (Guo et al., ICLR 2023).
+
+    Neighbours are meant to agree, so only the other nodes are pushed away. No parameters; the LayerNorm that the
+    experiments put after it (`--use_layer_norm`) is shared by all layers and belongs to the model.
+
+    Args:
+        scale: the step s.
+        tau: temperature.
+        implementation: "auto", "plain" or "blocked", see `contra_norm`.
+    """
+
+    def __init__(self, scale: float, tau: float = 1.0, *, implementation: Implementation = "auto") -> None:
+        super().__init__()
+        self.scale = scale
+        self.tau = tau
+        self.implementation: Implementation = implementation
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        """Push apart the nodes that are not adjacent.
+
+        Args:
+            x: (N, D).
+            adjacency: sparse CSR (N, N) with self-loops; its stored entries, whatever their values, are left out.
+
+        Returns:
+            (N, D). A node adjacent to all others is only multiplied by 1 + s.
+        """
+        return contra_norm(
+            x, self.scale, tau=self.tau, identity=True, exclude=adjacency, implementation=self.implementation
+        )
+
+    def extra_repr(self) -> str:
+        """Scale and temperature."""
+        return f"scale={self.scale}, tau={self.tau}"
+
+
+class PairNorm(nn.Module):
+    r"""PairNorm (Zhao and Akoglu, "PairNorm: Tackling Oversmoothing in GNNs", ICLR 2020).
+
+    With :math:`\tilde x` the centred features (column means subtracted):
+
+    - PN: :math:`s\,\tilde x \,/ \sqrt{\tfrac1N \sum_i \|\tilde x_i\|^2}`: the mean squared row norm becomes s²;
+    - PN-SI (scale individually): :math:`s\,\tilde x_i / \|\tilde x_i\|`: every row has norm s;
+    - PN-SCS (scale and centre simultaneously): :math:`s\, x_i / \|x_i\| - \bar x`, the mean taken before scaling.
+
+    Args:
+        mode: "PN", "PN-SI" or "PN-SCS".
+        scale: s.
+        eps: added to the squared norms, so that a collapsed input stays finite.
+    """
+
+    def __init__(self, mode: Literal["PN", "PN-SI", "PN-SCS"] = "PN", scale: float = 1.0, eps: float = 1e-6) -> None:
+        super().__init__()
+        if mode not in ("PN", "PN-SI", "PN-SCS"):
+            raise ValueError(f"mode must be PN, PN-SI or PN-SCS, got {mode!r}")
+        self.mode = mode
+        self.scale = scale
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, D) → (N, D)."""
+        mean = x.mean(dim=0)
+        if self.mode == "PN":
+            centred = x - mean
+            return self.scale * centred / (self.eps + centred.square().sum(dim=1).mean()).sqrt()
+        if self.mode == "PN-SI":
+            centred = x - mean
+            return self.scale * centred / (self.eps + centred.square().sum(dim=1, keepdim=True)).sqrt()
+        return self.scale * x / (self.eps + x.square().sum(dim=1, keepdim=True)).sqrt() - mean
+
+    def extra_repr(self) -> str:
+        """Mode and scale."""
+        return f"{self.mode}, scale={self.scale}"
+
+
+class CentreAndNormalize(nn.Module):
+    """The baseline that Table 3 calls LN: subtract the column means, then divide each row by its L2 norm.
+
+    It is not nn.LayerNorm: it has no parameters, and it centres over nodes instead of features.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, D) → (N, D), rows of norm 1."""
+        return F.normalize(x - x.mean(dim=0), dim=1)

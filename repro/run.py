@@ -1,0 +1,276 @@
+"""One run is one folder: args.yaml, env.json, metrics.jsonl, checkpoints, and record.json, written last.
+
+record.json's presence means *done*. The same command again goes on from the last checkpoint, or says that it is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any
+
+import torch
+import yaml
+
+from repro.checkpoint import load_checkpoint, save_checkpoint, write_atomic
+from repro.config import to_yaml
+from repro.errors import Interrupted, UserError
+
+SCHEMA = 1
+# Fields that say where and how a run is done, not what it computes: they may differ when a run is continued.
+LOCATION_FIELDS = ("output_dir", "data_root", "data_path", "report_to")
+_PACKAGES = ("torch", "numpy", "torch_geometric", "transformers", "datasets", "timm", "accelerate")
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on besides its config: commit, versions, device, threads."""
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in _PACKAGES if _installed(name)},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "platform": platform.platform(),
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _commit() -> str | None:
+    """Commit of the code that runs, with `-dirty` when tracked files differ; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        line = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, timeout=20, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return line.stdout.strip()
+
+
+def peak_rss_mb() -> float:
+    """Largest resident size of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Run:
+    """The folder of one run, held by a lock while the `with` block lasts.
+
+    Example:
+        ```
+        with Run(config.output_dir, "gnn", config) as run:
+            if run.done:
+                return
+            start, state = run.restore() or (0, None)
+            for epoch in range(start, config.epochs):
+                ...
+                run.log({"epoch": epoch, "loss": loss})
+                run.checkpoint(epoch + 1, {"model": model.state_dict(), ...})   # also leaves here on SIGTERM
+            run.finish({"test_accuracy": accuracy}, protocol="standard", selection="best validation epoch")
+        ```
+
+    Args:
+        output_dir: the folder; made if missing.
+        experiment: name of the sub-project, for the record.
+        config: dataclass of all settings; with a field `seed`.
+        main: False in the processes that only help (rank > 0): they read, and write nothing.
+
+    Raises:
+        UserError: another process holds the folder, it belongs to a run with other settings, or it cannot be written.
+    """
+
+    def __init__(self, output_dir: str | Path, experiment: str, config: Any, *, main: bool = True) -> None:
+        self.folder = Path(output_dir)
+        self.experiment = experiment
+        self.config = config
+        self.main = main
+        self.started = time.monotonic()
+        self.previous_seconds = 0.0
+        self._lines = 0
+        self._stop_signal: int | None = None
+        self._lock: IO[str] | None = None
+        self._handlers: dict[int, Any] = {}
+
+    # -- entering and leaving ------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Run:
+        if self.main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = open(self.folder / "lock", "w")
+            except OSError as error:
+                raise UserError(f"--output_dir {self.folder}: cannot be written ({error.strerror})") from error
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"--output_dir {self.folder}: another process is writing this run") from error
+            self._check_same_config()
+        for signum in (signal.SIGTERM, signal.SIGUSR2):
+            self._handlers[signum] = signal.signal(signum, self._on_signal)
+        if self.done and self.main:
+            print(f"done already: {self.folder / 'record.json'} (delete the folder to run again)")
+        elif self.main:
+            self._write_json("env.json", environment())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+        if self._lock is not None:
+            self._lock.close()
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._stop_signal = signum
+
+    def _check_same_config(self) -> None:
+        """A folder belongs to one config: a second one must not continue or overwrite it."""
+        path = self.folder / "args.yaml"
+        mine = yaml.safe_load(to_yaml(self.config))
+        if path.exists():
+            theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
+            names = [k for k in {**theirs, **mine} if k not in LOCATION_FIELDS and theirs.get(k) != mine.get(k)]
+            if names:
+                told = ", ".join(f"{k}={theirs.get(k)!r} there, {mine.get(k)!r} here" for k in names[:3])
+                raise UserError(f"--output_dir {self.folder} holds a run with other settings ({told}): choose another")
+        else:
+            write_atomic(path, to_yaml(self.config).encode())
+
+    # -- during the run ------------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        """True when record.json is there."""
+        return (self.folder / "record.json").exists()
+
+    @property
+    def seconds(self) -> float:
+        """Working time so far, over all the processes that shared in this run."""
+        return self.previous_seconds + time.monotonic() - self.started
+
+    @property
+    def stop_requested(self) -> bool:
+        """True after SIGTERM or SIGUSR2; `checkpoint` then saves and leaves."""
+        return self._stop_signal is not None
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        if not self.main:
+            return
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(values)) + "\n")
+        self._lines += 1
+
+    def restore(self) -> tuple[int, Any] | None:
+        """(step, state) of the last whole checkpoint, or None; metrics.jsonl is cut back to that step."""
+        found = load_checkpoint(self.folder / "checkpoints")
+        self._lines = found[1]["lines"] if found else 0
+        if self.main:
+            path = self.folder / "metrics.jsonl"
+            if path.exists():
+                kept = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[: self._lines]
+                write_atomic(path, "".join(kept).encode())
+        if found is None:
+            return None
+        step, tree = found
+        self.previous_seconds = tree["seconds"]
+        self.started = time.monotonic()
+        if self.main:
+            print(f"going on from step {step} of {self.folder}")
+        return step, tree["state"]
+
+    def checkpoint(self, step: int, state: Any) -> None:
+        """Save the state at the end of `step`; leaves with `Interrupted` when a stop was asked for."""
+        if self.main:
+            tree = {"lines": self._lines, "seconds": self.seconds, "state": state}
+            save_checkpoint(self.folder / "checkpoints", step, tree)
+        if self._stop_signal is not None:
+            if self.main:
+                print(f"stopped at step {step}; the same command goes on", file=sys.stderr)
+            raise Interrupted(self._stop_signal)
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def finish(self, metrics: dict[str, Any], *, protocol: str, selection: str, **extra: Any) -> dict[str, Any]:
+        """Write record.json, then drop the checkpoints.
+
+        Args:
+            metrics: the final numbers, fractions rather than percent.
+            protocol: how they were measured; a table never mixes two.
+            selection: the rule that chose what is reported ("last epoch", "best validation accuracy", ...).
+            **extra: anything else worth keeping (parameters, best epoch, ...).
+
+        Returns:
+            The record.
+        """
+        record = {
+            "schema": SCHEMA,
+            "experiment": self.experiment,
+            "protocol": protocol,
+            "selection": selection,
+            "metrics": _plain(metrics),
+            "seed": getattr(self.config, "seed", None),
+            "config": yaml.safe_load(to_yaml(self.config)),
+            **_plain(extra),
+            "seconds": round(self.seconds, 3),
+            "peak_rss_mb": round(peak_rss_mb(), 1),
+            "command": shlex.join(["python", *_readable(sys.orig_argv[1:])]),
+            "environment": environment(),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        if torch.cuda.is_available():
+            record["peak_cuda_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+        if self.main:
+            self._write_json("record.json", record)
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        return record
+
+    def _write_json(self, name: str, value: Any) -> None:
+        write_atomic(self.folder / name, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def _readable(argv: list[str]) -> list[str]:
+    """The command line without the machine's own paths: a script's path becomes relative to the repository."""
+    root = str(Path(__file__).resolve().parent.parent) + os.sep
+    return [a.replace(root, "") for a in argv]
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and NumPy scalars become numbers; NaN and infinities, which JSON lacks, become strings."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, torch.Tensor):
+        return _plain(value.tolist())
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        return _plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
