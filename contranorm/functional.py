@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from contranorm import kernels
 
 Axis = Literal["tokens", "features"]
-Implementation = Literal["auto", "plain", "blocked"]
+Implementation = Literal["auto", "plain", "blocked", "sdpa"]
 
 
 def contra_norm(

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-TOKEN_KERNELS = ("plain", "blocked")
+from contranorm.blocked import blocked
+
+TOKEN_KERNELS = ("plain", "blocked", "sdpa")
+# Rows from which the blocked form is used; measured by `python -m benchmarks.layer --crossover` on two CPU cores.
+BLOCKED_FROM = {"graph": 256, "set": 768}
 
 
 def token_contrast(
@@ -22,14 +27,59 @@ def token_contrast(
     implementation: str,
 ) -> Tensor:
     """A·v, or (A + softmax over columns)·v, by the named implementation; (B, N, D)."""
-    return plain(unit, values, tau=tau, symmetric=symmetric, keep=keep, exclude=exclude)
+    if implementation == "auto":
+        implementation = choose(unit, symmetric=symmetric, exclude=exclude)
+    dtype = product_dtype(unit)
+    with torch.autocast(unit.device.type, enabled=False):  # from here on, `dtype` alone says what may be rounded
+        if implementation == "plain":
+            return plain(unit, values, tau=tau, symmetric=symmetric, keep=keep, exclude=exclude, dtype=dtype)
+        if implementation == "sdpa":
+            if symmetric or exclude is not None:
+                raise ValueError("implementation='sdpa' knows neither symmetric=True nor exclude: use 'blocked'")
+            return sdpa(unit, values, tau=tau, keep=keep, dtype=dtype)
+        parts = []
+        for index in range(unit.shape[0]):  # one sample at a time: a tile is larger than most sequences
+            chosen = None if keep is None else keep[index].nonzero().squeeze(1)
+            parts.append(_blocked_sample(unit[index], values[index], tau, symmetric, chosen, exclude, dtype))
+        return torch.stack(parts)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Type of the factors of the matrix products: autocast's where the machine multiplies it in hardware, else x's."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    low = torch.get_autocast_dtype(device)
+    if device == "cpu" and not (low == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):
+        return x.dtype  # emulated bfloat16 products are several times slower than float32 ones
+    return low
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """A b with factors rounded to `dtype`, in the dtype of a."""
+    return a @ b if dtype == a.dtype else (a.to(dtype) @ b.to(dtype)).to(a.dtype)
+
+
+def choose(unit: Tensor, *, symmetric: bool, exclude: Tensor | None) -> str:
+    """The implementation that "auto" stands for, by shape and device."""
+    n = unit.shape[1]
+    if unit.is_cuda and not symmetric and exclude is None:
+        return "sdpa"
+    return "blocked" if n >= BLOCKED_FROM["graph" if exclude is not None else "set"] else "plain"
 
 
 def plain(
-    unit: Tensor, values: Tensor, *, tau: float, symmetric: bool, keep: Tensor | None, exclude: Tensor | None
+    unit: Tensor,
+    values: Tensor,
+    *,
+    tau: float,
+    symmetric: bool,
+    keep: Tensor | None,
+    exclude: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The definition, with the N x N matrix in memory. The oracle for the others."""
-    logits = unit @ unit.mT / tau  # (B, N, N)
+    logits = product(unit, unit.mT, dtype) / tau  # (B, N, N)
     if keep is not None:
         logits = logits.masked_fill(~(keep.unsqueeze(-1) & keep.unsqueeze(-2)), -torch.inf)
     if exclude is not None:
@@ -37,18 +87,29 @@ def plain(
     weights = softmax_or_zero(logits, dim=-1)
     if symmetric:
         weights = weights + softmax_or_zero(logits, dim=-2)
-    return weights @ values
+    return product(weights, values, dtype)
+
+
+def sdpa(unit: Tensor, values: Tensor, *, tau: float, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A·v as attention with q = k = x̂, v = values and scale 1/τ: flash kernels where torch has them."""
+    allowed = None
+    if keep is not None:  # a sample with no row to keep is not read by the caller; it must only not be NaN
+        allowed = (keep | ~keep.any(dim=-1, keepdim=True))[:, None, None, :]
+    q, v = unit.to(dtype).unsqueeze(1), values.to(dtype).unsqueeze(1)  # (B, 1, N, D): one head
+    return F.scaled_dot_product_attention(q, q, v, attn_mask=allowed, scale=1 / tau).squeeze(1).to(values.dtype)
 
 
 def feature_contrast(unit: Tensor, values: Tensor, *, tau: float, symmetric: bool, keep: Tensor | None) -> Tensor:
     """v·softmax_rows(x̂ᵀx̂ / τ), similarities over the kept rows only; (B, N, D)."""
+    dtype = product_dtype(unit)
     if keep is not None:
         unit = unit * keep.unsqueeze(-1)
-    logits = unit.mT @ unit / tau  # (B, D, D)
-    weights = logits.softmax(dim=-1)
-    if symmetric:
-        weights = weights + logits.softmax(dim=-2)
-    return values @ weights
+    with torch.autocast(unit.device.type, enabled=False):
+        logits = unit.mT @ unit / tau  # (B, D, D); not bounded by 1/τ, so its rounding would not be either
+        weights = logits.softmax(dim=-1)
+        if symmetric:
+            weights = weights + logits.softmax(dim=-2)
+        return product(values, weights, dtype)
 
 
 def softmax_or_zero(logits: Tensor, dim: int) -> Tensor:
@@ -57,11 +118,43 @@ def softmax_or_zero(logits: Tensor, dim: int) -> Tensor:
     return logits.masked_fill(empty, 0.0).softmax(dim=dim).masked_fill(empty, 0.0)
 
 
+def entry_rows(pattern: Tensor) -> Tensor:
+    """Row of each stored entry of a sparse CSR, (E,)."""
+    count = pattern.crow_indices().diff().long()
+    return torch.repeat_interleave(torch.arange(pattern.shape[0], device=pattern.device), count)
+
+
 def stored_entries(pattern: Tensor) -> Tensor:
     """Dense bool (N, N): True where the sparse CSR `pattern` stores an entry, explicit zeros included."""
-    rows = torch.repeat_interleave(
-        torch.arange(pattern.shape[0], device=pattern.device), pattern.crow_indices().diff().long()
-    )
     dense = torch.zeros(pattern.shape, dtype=torch.bool, device=pattern.device)
-    dense[rows, pattern.col_indices().long()] = True
+    dense[entry_rows(pattern), pattern.col_indices().long()] = True
     return dense
+
+
+def _blocked_sample(
+    unit: Tensor,
+    values: Tensor,
+    tau: float,
+    symmetric: bool,
+    chosen: Tensor | None,
+    exclude: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """One sample, (N, D); the rows that are not `chosen` are taken out before and are zero in the result."""
+    if chosen is None or chosen.numel() == unit.shape[0]:
+        return blocked(unit, values, tau=tau, symmetric=symmetric, exclude=exclude, dtype=dtype)
+    if exclude is not None:
+        exclude = _restrict(exclude, chosen)
+    part = blocked(unit[chosen], values[chosen], tau=tau, symmetric=symmetric, exclude=exclude, dtype=dtype)
+    return torch.zeros_like(values).index_copy(0, chosen, part)
+
+
+def _restrict(pattern: Tensor, chosen: Tensor) -> Tensor:
+    """The CSR pattern among the chosen rows alone."""
+    place = torch.full((pattern.shape[0],), -1, device=chosen.device)
+    place[chosen] = torch.arange(chosen.numel(), device=chosen.device)
+    rows, columns = place[entry_rows(pattern)], place[pattern.col_indices().long()]
+    inside = (rows >= 0) & (columns >= 0)
+    indices = torch.stack([rows[inside], columns[inside]])
+    ones = torch.ones(indices.shape[1], device=chosen.device)
+    return torch.sparse_coo_tensor(indices, ones, (chosen.numel(),) * 2, is_coalesced=True).to_sparse_csr()
