@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from contranorm import kernels
 
 Axis = Literal["tokens", "features"]
-Implementation = Literal["auto", "plain", "blocked", "sdpa"]
+Implementation = Literal["auto", "plain", "blocked", "sdpa", "linear"]
 
 
 def contra_norm(
@@ -26,6 +26,7 @@ def contra_norm(
     mask: Tensor | None = None,
     exclude: Tensor | None = None,
     implementation: Implementation = "auto",
+    degree: int = 2,
 ) -> Tensor:
     r"""One gradient step of the uniformity loss on the features: pushes rows apart that point the same way.
 
@@ -50,7 +51,11 @@ def contra_norm(
         mask: (B, N), or (N,) for an (N, D) input; True for real tokens. The others neither move nor count.
         exclude: sparse CSR (N, N) whose stored entries (i, j), whatever their values, leave row i's softmax: the graph
             form, with x (N, D). A row that has nothing left in its softmax has a contrast term of 0.
-        implementation: "plain" stores the N x N matrix, "blocked" is exact and never does, "auto" chooses.
+        implementation: "plain" stores the N x N matrix; "blocked" is exact and never does; "sdpa" is attention with
+            q = k = x̂; "linear" replaces exp by a polynomial, in time linear in N (error bound: `contranorm.linear`),
+            and answers with "blocked", after a warning, where that bound is broken; "auto" chooses among the exact
+            ones by shape and device.
+        degree: of the polynomial of "linear"; 2, or 3 for a tenth of the error.
 
     Returns:
         Same shape and dtype as `x`.
@@ -58,7 +63,7 @@ def contra_norm(
     Raises:
         ValueError: shapes, dtypes or switches that do not go together; the message names the one that is wrong.
     """
-    _check(x, scale, tau, axis, symmetric, mask, exclude, implementation)
+    _check(x, scale, tau, axis, symmetric, mask, exclude, implementation, degree)
     work = x if x.dtype == torch.float64 else x.float()
     batch = work if x.dim() == 3 else work.unsqueeze(0)  # (B, N, D)
     keep = None if mask is None else mask.reshape(batch.shape[:2])  # (B, N)
@@ -70,7 +75,14 @@ def contra_norm(
         contrast = kernels.feature_contrast(unit, batch, tau=tau, symmetric=symmetric, keep=keep)
     else:
         contrast = kernels.token_contrast(
-            unit, batch, tau=tau, symmetric=symmetric, keep=keep, exclude=exclude, implementation=implementation
+            unit,
+            batch,
+            tau=tau,
+            symmetric=symmetric,
+            keep=keep,
+            exclude=exclude,
+            implementation=implementation,
+            degree=degree,
         )
     step = scale.to(batch.dtype) if isinstance(scale, Tensor) else scale
     moved = (1 + step) * batch - step * contrast if identity else batch - step * contrast
@@ -88,6 +100,7 @@ def _check(
     mask: Tensor | None,
     exclude: Tensor | None,
     implementation: str,
+    degree: int,
 ) -> None:
     shape = tuple(x.shape)
     if x.dim() not in (2, 3):
@@ -105,6 +118,8 @@ def _check(
         raise ValueError(
             f"implementation must be one of auto, {', '.join(kernels.TOKEN_KERNELS)}; got {implementation!r}"
         )
+    if degree not in (1, 2, 3):
+        raise ValueError(f"degree must be 1, 2 or 3, got {degree}")
     if isinstance(scale, Tensor) and scale.dim() > 0 and scale.shape != x.shape[-1:]:
         raise ValueError(f"scale must be a number or of shape ({shape[-1]},), got {tuple(scale.shape)}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):

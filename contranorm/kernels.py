@@ -5,13 +5,16 @@ Shapes: `unit` x̂ and `values` v are (B, N, D), `keep` is a bool (B, N), `exclu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from contranorm.blocked import blocked
+from contranorm.linear import linear
 
-TOKEN_KERNELS = ("plain", "blocked", "sdpa")
+TOKEN_KERNELS = ("plain", "blocked", "sdpa", "linear")
 # Rows from which the blocked form is used; measured by `python -m benchmarks.layer --crossover` on two CPU cores.
 BLOCKED_FROM = {"graph": 256, "set": 768}
 
@@ -25,6 +28,7 @@ def token_contrast(
     keep: Tensor | None,
     exclude: Tensor | None,
     implementation: str,
+    degree: int = 2,
 ) -> Tensor:
     """A·v, or (A + softmax over columns)·v, by the named implementation; (B, N, D)."""
     if implementation == "auto":
@@ -37,10 +41,18 @@ def token_contrast(
             if symmetric or exclude is not None:
                 raise ValueError("implementation='sdpa' knows neither symmetric=True nor exclude: use 'blocked'")
             return sdpa(unit, values, tau=tau, keep=keep, dtype=dtype)
+
+        def one_sample(unit: Tensor, values: Tensor, exclude: Tensor | None) -> Tensor:
+            if implementation == "linear":
+                approximate = linear(unit, values, tau=tau, symmetric=symmetric, exclude=exclude, degree=degree)
+                if approximate is not None:
+                    return approximate
+            return blocked(unit, values, tau=tau, symmetric=symmetric, exclude=exclude, dtype=dtype)
+
         parts = []
         for index in range(unit.shape[0]):  # one sample at a time: a tile is larger than most sequences
             chosen = None if keep is None else keep[index].nonzero().squeeze(1)
-            parts.append(_blocked_sample(unit[index], values[index], tau, symmetric, chosen, exclude, dtype))
+            parts.append(_among_chosen(one_sample, unit[index], values[index], chosen, exclude))
         return torch.stack(parts)
 
 
@@ -131,22 +143,21 @@ def stored_entries(pattern: Tensor) -> Tensor:
     return dense
 
 
-def _blocked_sample(
+def _among_chosen(
+    compute: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     unit: Tensor,
     values: Tensor,
-    tau: float,
-    symmetric: bool,
     chosen: Tensor | None,
     exclude: Tensor | None,
-    dtype: torch.dtype,
 ) -> Tensor:
-    """One sample, (N, D); the rows that are not `chosen` are taken out before and are zero in the result."""
+    """`compute` on the chosen rows of one sample (N, D) alone; the other rows of the result are zero."""
     if chosen is None or chosen.numel() == unit.shape[0]:
-        return blocked(unit, values, tau=tau, symmetric=symmetric, exclude=exclude, dtype=dtype)
+        return compute(unit, values, exclude)
+    if chosen.numel() == 0:
+        return torch.zeros_like(values)
     if exclude is not None:
         exclude = _restrict(exclude, chosen)
-    part = blocked(unit[chosen], values[chosen], tau=tau, symmetric=symmetric, exclude=exclude, dtype=dtype)
-    return torch.zeros_like(values).index_copy(0, chosen, part)
+    return torch.zeros_like(values).index_copy(0, chosen, compute(unit[chosen], values[chosen], exclude))
 
 
 def _restrict(pattern: Tensor, chosen: Tensor) -> Tensor:
