@@ -168,4 +168,6 @@ def _restrict(pattern: Tensor, chosen: Tensor) -> Tensor:
     inside = (rows >= 0) & (columns >= 0)
     indices = torch.stack([rows[inside], columns[inside]])
     ones = torch.ones(indices.shape[1], device=chosen.device)
-    return torch.sparse_coo_tensor(indices, ones, (chosen.numel(),) * 2, is_coalesced=True).to_sparse_csr()
+    return torch.sparse_coo_tensor(
+        indices, ones, (chosen.numel(),) * 2, is_coalesced=True, check_invariants=True
+    ).to_sparse_csr()

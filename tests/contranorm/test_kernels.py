@@ -1,0 +1,190 @@
+"""The kernels beside each other: tiles, polynomial, choice."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from contranorm import contra_norm, kernels
+from contranorm.blocked import TILE, blocked, excluded_pairs
+from contranorm.linear import cosine_range, fit_polynomial, linear, monomials
+
+
+def unit_rows(n: int, d: int, seed: int = 0, positive: bool = False) -> torch.Tensor:
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return F.normalize(x.abs() if positive else x, dim=1)
+
+
+@pytest.mark.parametrize("tile", [1, 3, 16, 40, 41, 64])
+@pytest.mark.parametrize("symmetric_edges", [None, True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_tile_size_does_not_matter(tile, symmetric_edges, symmetric, edges):
+    unit = unit_rows(41, 5).requires_grad_()
+    values = unit_rows(41, 3, seed=1).requires_grad_()
+    upstream = unit_rows(41, 3, seed=2)
+    exclude = None if symmetric_edges is None else edges(41, 0.2, symmetric_edges)
+    whole = blocked(unit, values, tau=0.7, symmetric=symmetric, exclude=exclude)
+    parts = blocked(unit, values, tau=0.7, symmetric=symmetric, exclude=exclude, tile=tile)
+    torch.testing.assert_close(whole, parts, atol=1e-12, rtol=1e-12)
+    for a, b in zip(
+        torch.autograd.grad(whole, (unit, values), upstream),
+        torch.autograd.grad(parts, (unit, values), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+def test_excluded_pairs_hold_every_entry_once(edges):
+    pattern = edges(50, 0.1, symmetric=False)
+    tiles = excluded_pairs(pattern, tile=16)
+    entries = set()
+    for (i, j), positions in tiles.rows.items():
+        width = min(16, 50 - 16 * j)
+        entries |= {(16 * i + p // width, 16 * j + p % width) for p in positions.tolist()}
+    for (i, j), positions in tiles.columns.items():
+        width = min(16, 50 - 16 * j)
+        entries |= {(16 * j + p % width, 16 * i + p // width) for p in positions.tolist()}
+    assert entries == {tuple(e) for e in kernels.stored_entries(pattern).nonzero().tolist()}
+    assert not tiles.symmetric and excluded_pairs(pattern, tile=16) is tiles
+
+
+@pytest.mark.parametrize("tau", [1.0, 1 / 39, 1 / 41, 0.001])
+def test_small_temperatures_neither_overflow_nor_vanish(tau, edges):
+    x = unit_rows(300, 8).float().requires_grad_()
+    upstream = unit_rows(300, 8, seed=1).float()
+    results = []
+    for implementation in ("plain", "blocked"):
+        y = contra_norm(x, 1.0, tau=tau, exclude=edges(300, 0.05), implementation=implementation)
+        results.append((y, torch.autograd.grad(y, x, upstream)[0]))
+    assert results[1][1].isfinite().all()
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=2e-3 / min(1, tau * 40), rtol=1e-3)
+
+
+@given(st.integers(0, 10**6), st.booleans(), st.floats(0.0, 3.0))
+@settings(max_examples=40, deadline=None)
+def test_the_cosine_range_is_a_bound_and_its_moments_are_exact(seed, positive, offset):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(12, 4, generator=generator, dtype=torch.float64)
+    unit = F.normalize((x.abs() if positive else x) + offset, dim=1)
+    low, high, mean, deviation = cosine_range(unit)
+    cosines = unit @ unit.T
+    off_diagonal = cosines[~torch.eye(12, dtype=torch.bool)]
+    assert low - 1e-9 <= float(off_diagonal.min()) and float(cosines.max()) <= high + 1e-9
+    assert math.isclose(mean, float(cosines.mean()), abs_tol=1e-9)
+    assert math.isclose(deviation, float(cosines.std(correction=0)), abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+@pytest.mark.parametrize("tau", [0.7, 1.0, 5.0])
+def test_the_polynomials_error_is_what_it_says(degree, tau):
+    polynomial = fit_polynomial(tau, degree, -0.5, 1.0, 0.1, 0.2)
+    t = torch.linspace(-0.5, 1.0, 1001, dtype=torch.float64)
+    value = sum(c * t**p for p, c in enumerate(polynomial.coefficients))
+    worst = float((value / torch.exp(t / tau) - 1).abs().max())
+    assert worst <= polynomial.error * 1.001 and polynomial.error <= worst * 1.01
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_monomials_are_counted_once(degree):
+    tables = monomials(5, degree, torch.device("cpu"))
+    assert tables.count == math.comb(5 + degree, degree) == len(tables.degree_of)
+    for q in range(degree + 1):  # (1 + 1 + 1 + 1 + 1)^q
+        assert float(tables.multiplicity[tables.degree_of == q].sum()) == 5**q
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("excluding", [True, False])
+def test_linear_is_the_softmax_of_its_polynomial(degree, symmetric, excluding, edges):
+    """Values and gradients against dense float64 autograd of the same polynomial."""
+    unit = unit_rows(40, 6, positive=True).requires_grad_()
+    values = unit_rows(40, 3, seed=1).requires_grad_()
+    exclude = edges(40, 0.2, symmetric=False) if excluding else None
+    polynomial = fit_polynomial(1.0, degree, *cosine_range(unit))
+    cosines = unit @ unit.T
+    kernel = sum(c * cosines**p for p, c in enumerate(polynomial.coefficients))
+    if exclude is not None:
+        kernel = kernel.masked_fill(kernels.stored_entries(exclude), 0.0)
+    rows, columns = kernel.sum(1, keepdim=True), kernel.sum(0, keepdim=True)
+    weights = kernel / rows.where(rows > 0, 1.0)
+    if symmetric:
+        weights = weights + kernel / columns.where(columns > 0, 1.0)
+    want = weights @ values
+    got = linear(unit, values, tau=1.0, symmetric=symmetric, exclude=exclude, degree=degree)
+    torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
+    upstream = unit_rows(40, 3, seed=2)
+    for a, b in zip(
+        torch.autograd.grad(got, (unit, values), upstream),
+        torch.autograd.grad(want, (unit, values), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("degree", "bound"), [(2, 3e-3), (3, 5e-4)])
+@pytest.mark.parametrize("kind", ["relu", "gaussian", "cone"])
+def test_linear_is_close_to_exact(degree, bound, kind):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 32, generator=generator)
+    x = {"relu": x.relu(), "gaussian": x, "cone": 0.3 * x + torch.randn(32, generator=generator)}[kind]
+    x = x.requires_grad_()
+    exact = contra_norm(x, 1.0, implementation="blocked")
+    fast = contra_norm(x, 1.0, implementation="linear", degree=degree)
+    assert float((fast - exact).norm() / exact.norm()) < bound
+    # The bound of the module's docstring, row by row.
+    unit = F.normalize(x.detach(), dim=1)
+    epsilon = fit_polynomial(1.0, degree, *cosine_range(unit)).error
+    reach = (torch.softmax(unit @ unit.T, dim=1) * x.detach().norm(dim=1)).sum(dim=1)
+    assert ((fast - exact).norm(dim=1) <= 2 * epsilon / (1 - epsilon) * reach + 1e-4).all()
+    upstream = torch.randn(2000, 32, generator=generator)
+    a, b = (torch.autograd.grad(y, x, upstream)[0] for y in (fast, exact))
+    assert float((a - b).norm() / b.norm()) < 4 * bound
+
+
+def test_linear_does_not_depend_on_its_block(monkeypatch):
+    unit, values = unit_rows(200, 6), unit_rows(200, 3, seed=1)
+    whole = linear(unit, values, tau=1.0, symmetric=False, exclude=None, degree=2)
+    monkeypatch.setattr("contranorm.linear.BLOCK", 1)
+    torch.testing.assert_close(linear(unit, values, tau=1.0, symmetric=False, exclude=None, degree=2), whole)
+
+
+def test_linear_falls_back_to_exact_with_a_warning():
+    x = unit_rows(50, 6)
+    with pytest.warns(UserWarning, match="exact form is used instead"):
+        y = contra_norm(x, 1.0, tau=0.1, implementation="linear")
+    torch.testing.assert_close(y, contra_norm(x, 1.0, tau=0.1, implementation="plain"))
+
+
+def test_auto_is_exact_at_every_size(edges):
+    for n in (5, 300, TILE + 10):
+        x = unit_rows(n, 8)
+        for exclude in (None, edges(n, 0.01)):
+            auto, plain = (contra_norm(x, 1.0, exclude=exclude, implementation=i) for i in ("auto", "plain"))
+            torch.testing.assert_close(auto, plain, atol=1e-10, rtol=1e-10)
+
+
+def test_blocked_never_stores_the_matrix():
+    """The largest tensor that autograd keeps or a kernel makes is a tile."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    x = unit_rows(3000, 8).float().requires_grad_()
+    with Watch():
+        contra_norm(x, 1.0, implementation="blocked").sum().backward()
+    assert TILE**2 <= largest < 3000**2 / 4
