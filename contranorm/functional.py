@@ -84,8 +84,13 @@ def contra_norm(
             implementation=implementation,
             degree=degree,
         )
-    step = scale.to(batch.dtype) if isinstance(scale, Tensor) else scale
-    moved = (1 + step) * batch - step * contrast if identity else batch - step * contrast
+    if isinstance(scale, Tensor):
+        step = scale.to(batch.dtype)
+        moved = (1 + step) * batch - step * contrast if identity else batch - step * contrast
+    elif identity:
+        moved = torch.lerp(batch, contrast, -scale)  # x - s (A x - x), in one pass
+    else:
+        moved = torch.sub(batch, contrast, alpha=scale)
     if keep is not None:
         moved = torch.where(keep.unsqueeze(-1), moved, work.reshape(batch.shape))
     return moved.reshape(x.shape).to(x.dtype)

@@ -92,6 +92,11 @@ def plain(
 ) -> Tensor:
     """The definition, with the N x N matrix in memory. The oracle for the others."""
     logits = product(unit, unit.mT, dtype) / tau  # (B, N, N)
+    if keep is None and exclude is None:
+        weights = logits.softmax(dim=-1)
+        if symmetric:
+            weights = weights + logits.softmax(dim=-2)
+        return product(weights, values, dtype)
     if keep is not None:
         logits = logits.masked_fill(~(keep.unsqueeze(-1) & keep.unsqueeze(-2)), -torch.inf)
     if exclude is not None:

@@ -1,0 +1,122 @@
+"""What the benchmark programs share: timing, peak memory, goals, and the JSON of a run."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+from torch.utils import benchmark
+
+from repro.checkpoint import write_atomic
+from repro.run import environment
+
+
+def median_ms(function: Callable[[], object], *, min_seconds: float = 1.0) -> float:
+    """Median wall time of `function` in ms over at least `min_seconds`, after a warm-up; synchronizes a GPU."""
+    function()
+    timer = benchmark.Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=min_seconds).median * 1e3
+
+
+def alternate_ms(functions: dict[str, Callable[[], object]], *, rounds: int = 5) -> dict[str, float]:
+    """Median time in ms of each function, taken in turns so that a slow minute of the machine hits all of them."""
+    for function in functions.values():
+        function()
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            _synchronize()
+            start = time.perf_counter()
+            function()
+            _synchronize()
+            taken[name].append((time.perf_counter() - start) * 1e3)
+    return {name: float(pd.Series(times).median()) for name, times in taken.items()}
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def product_gflops(dtype: torch.dtype = torch.float32, n: int = 2048) -> float:
+    """This machine's rate of large matrix products, in 10^9 operations a second."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / median_ms(lambda: a @ a) / 1e6
+
+
+def peak_extra_mb(function: Callable[[], object]) -> float:
+    """Largest memory that `function` took beyond what was there before, in MiB, in a process of its own.
+
+    On a GPU: allocator's peak. On a CPU: highest resident size, polled every millisecond by the parent.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    context = multiprocessing.get_context("fork")
+    ready, go = context.Event(), context.Event()
+
+    def child() -> None:
+        torch.set_num_threads(1)  # a forked process must not use the parent's thread pool
+        gc.collect()
+        ready.set()
+        go.wait()
+        function()
+
+    process = context.Process(target=child)
+    process.start()
+    ready.wait()
+    watched = psutil.Process(process.pid)
+    before = peak = watched.memory_info().rss
+    go.set()
+    while process.is_alive():
+        try:
+            peak = max(peak, watched.memory_info().rss)
+        except psutil.NoSuchProcess:
+            break
+        time.sleep(0.001)
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"the measured process ended with exit code {process.exitcode}")
+    return (peak - before) / 2**20
+
+
+def goal(name: str, value: float, target: float, *, at_least: bool) -> dict[str, Any]:
+    """One line of the table of goals."""
+    met = value >= target if at_least else value <= target
+    return {"goal": name, "target": f"{'≥' if at_least else '≤'} {target:g}", "reached": round(value, 4), "met": met}
+
+
+def report(name: str, rows: list[dict[str, Any]], goals: list[dict[str, Any]], path: str | None) -> None:
+    """Print both tables; write them with the environment to `path`."""
+    print(pd.DataFrame(rows).to_string(index=False, na_rep="", float_format=lambda v: f"{v:.4g}"))
+    if goals:
+        print("\n" + pd.DataFrame(goals).to_string(index=False))
+        print(f"\n{sum(g['met'] for g in goals)} of {len(goals)} goals met")
+    if path:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "benchmark": name,
+            "command": shlex.join(["python", *sys.orig_argv[1:]]),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "environment": environment(),
+            "load_average": psutil.getloadavg()[0],
+            "rows": rows,
+            "goals": goals,
+        }
+        write_atomic(target, (json.dumps(content, indent=1) + "\n").encode())
+        print(f"written: {target}")

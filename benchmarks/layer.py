@@ -1,0 +1,237 @@
+"""ContraNorm alone: time, memory and error of every implementation, at the shapes of the experiments.
+
+`python -m benchmarks.layer --json out/layer.json` takes some minutes on two cores; `--only cora squirrel` picks shapes.
+Random features with ReLU stand in for a graph's hidden layer, random edges of the data set's number for its graph.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.common import alternate_ms, goal, median_ms, peak_extra_mb, product_gflops, report
+from contranorm import blocked as blocked_module
+from contranorm import contra_norm
+from repro.config import parse_config
+from repro.errors import UserError, run_main
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One workload: features (N, D) or (B, N, D), and for a graph its number of stored entries."""
+
+    dims: tuple[int, ...]
+    edges: int = 0
+    directed: bool = False
+
+    @property
+    def plain_gib(self) -> float:
+        """Size of one float32 similarity matrix."""
+        n = self.dims[-2]
+        return (self.dims[0] if len(self.dims) == 3 else 1) * n * n * 4 / 2**30
+
+    def operations(self, implementation: str) -> float:
+        """Operations of forward and backward: 10 N²D where the matrix is kept or its symmetry is used."""
+        *batch, n, d = self.dims
+        return (batch[0] if batch else 1) * 10.0 * n * n * d if implementation != "linear" else float("nan")
+
+
+SHAPES = {
+    "cora": Shape((2708, 32), 13264),
+    "squirrel": Shape((5201, 32), 222274, directed=True),
+    "dblp": Shape((17716, 32), 123450),
+    "n20000": Shape((20000, 32), 120000),
+    "arxiv": Shape((169343, 32), 2484941),
+    "bert": Shape((32, 128, 768)),
+    "deit_tiny": Shape((64, 197, 192)),
+    "deit_small": Shape((64, 197, 384)),
+}
+PLAIN_LIMIT_GIB = 1.5
+
+
+@dataclass
+class Config:
+    """Settings of the benchmark."""
+
+    only: str = ",".join(SHAPES)
+    """names of shapes, separated by commas"""
+    json: str | None = None
+    """file for the result"""
+    rounds: int = 7
+    """timings of each implementation, taken in turns"""
+    tiles: bool = False
+    """compare edges of the blocked kernel's tiles instead"""
+    crossover: bool = False
+    """find from which number of rows the blocked form is faster than the plain one instead"""
+    growth: bool = False
+    """time the linear form from N = 20,000 to 200,000 instead"""
+
+
+def random_graph(n: int, edges: int, directed: bool) -> Tensor:
+    """Sparse CSR (N, N) with self-loops and about `edges` stored entries."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randint(0, n, (2, (edges - n) if directed else (edges - n) // 2), generator=generator)
+    loops = torch.arange(n).repeat(2, 1)
+    indices = torch.cat([pairs, loops] if directed else [pairs, pairs.flip(0), loops], dim=1)
+    codes = (indices[0] * n + indices[1]).unique()
+    ones = torch.ones(codes.numel())
+    indices = torch.stack([codes // n, codes % n])
+    return torch.sparse_coo_tensor(indices, ones, (n, n), is_coalesced=True, check_invariants=True).to_sparse_csr()
+
+
+def step(x: Tensor, upstream: Tensor, exclude: Tensor | None, **settings: Any) -> Callable[[], Tensor]:
+    """Forward and backward of one layer."""
+
+    def run() -> Tensor:
+        y = contra_norm(x, 1.0, exclude=exclude, **settings)
+        return torch.autograd.grad(y, x, upstream)[0]
+
+    return run
+
+
+def variants(shape: Shape) -> dict[str, dict[str, Any]]:
+    """Implementations that make sense at this shape."""
+    chosen: dict[str, dict[str, Any]] = {}
+    if shape.plain_gib <= PLAIN_LIMIT_GIB:
+        chosen["plain"] = {"implementation": "plain"}
+    if shape.dims[-2] <= 40000:
+        chosen["blocked"] = {"implementation": "blocked"}
+        if len(shape.dims) == 3:
+            chosen["dense"] = {"implementation": "dense"}
+            chosen["sdpa"] = {"implementation": "sdpa"}
+    if len(shape.dims) == 2:
+        chosen["linear-2"] = {"implementation": "linear", "degree": 2}
+        chosen["linear-3"] = {"implementation": "linear", "degree": 3}
+    return chosen
+
+
+def measure(name: str, shape: Shape, rate: float, rounds: int) -> list[dict[str, Any]]:
+    """Rows of the table for one shape."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape.dims, generator=generator)
+    x = (x.relu() if len(shape.dims) == 2 else x).to(device).requires_grad_()
+    upstream = torch.randn(shape.dims, generator=generator).to(device)
+    exclude = random_graph(shape.dims[0], shape.edges, shape.directed).to(device) if shape.edges else None
+    steps = {label: step(x, upstream, exclude, **settings) for label, settings in variants(shape).items()}
+    times = alternate_ms(steps, rounds=rounds if shape.dims[-2] <= 6000 else max(1, rounds // 3))
+    exact = next((settings for label, settings in variants(shape).items() if label in ("plain", "blocked")), None)
+    rows = []
+    with torch.no_grad():
+        reference = None if exact is None else contra_norm(x, 1.0, exclude=exclude, **exact)
+    for label, settings in variants(shape).items():
+        row: dict[str, Any] = {"shape": name, "implementation": label, "ms": times[label]}
+        row["times plain"] = times["plain"] / times[label] if "plain" in times else None
+        row["times blocked"] = times["blocked"] / times[label] if "blocked" in times else None
+        row["extra MiB"] = peak_extra_mb(steps[label])
+        operations = shape.operations(settings["implementation"])
+        row["of product rate"] = operations / times[label] / 1e6 / rate if operations == operations else None
+        if reference is not None:
+            with torch.no_grad():
+                y = contra_norm(x, 1.0, exclude=exclude, **settings)
+            row["output error"] = float((y - reference).norm() / reference.norm())
+        rows.append(row)
+    return rows
+
+
+def check_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The goals that the measured shapes allow to check."""
+    at = {(row["shape"], row["implementation"]): row for row in rows}
+    goals = []
+    for shape, target in (("cora", 3.5), ("squirrel", 5.0)):
+        if (shape, "plain") in at:
+            row = at[shape, "blocked"]
+            goals.append(
+                goal(f"{shape}: blocked against plain, times faster", row["times plain"], target, at_least=True)
+            )
+    if ("squirrel", "plain") in at:
+        share = at["squirrel", "blocked"]["extra MiB"] / at["squirrel", "plain"]["extra MiB"]
+        goals.append(goal("squirrel: extra memory, share of plain's", share, 1 / 20, at_least=False))
+    if ("n20000", "blocked") in at:
+        memory = at["n20000", "blocked"]["extra MiB"]
+        goals.append(goal("N = 20,000: blocked's extra memory, MiB", memory, 200, at_least=False))
+        faster = at["n20000", "linear-2"]["times blocked"]
+        goals.append(goal("N = 20,000: linear (degree 2) against blocked, times faster", faster, 40, at_least=True))
+        for degree, target in ((2, 3e-3), (3, 5e-4)):
+            error = at["n20000", f"linear-{degree}"]["output error"]
+            goals.append(goal(f"N = 20,000: output error of degree {degree}", error, target, at_least=False))
+    if ("arxiv", "linear-2") in at:
+        row = at["arxiv", "linear-2"]
+        goals.append(goal("N = 169,343: linear, seconds", row["ms"] / 1e3, 30, at_least=False))
+        goals.append(goal("N = 169,343: linear, extra MiB", row["extra MiB"], 4096, at_least=False))
+    return goals
+
+
+def compare_tiles() -> list[dict[str, Any]]:
+    """Blocked form at several tile edges."""
+    rows = []
+    for name in ("cora", "squirrel"):
+        shape = SHAPES[name]
+        unit = torch.nn.functional.normalize(torch.randn(shape.dims).relu(), dim=1).requires_grad_()
+        values = torch.randn(shape.dims)
+        exclude = random_graph(shape.dims[0], shape.edges, shape.directed)
+
+        def run(tile: int, unit: Tensor = unit, values: Tensor = values, exclude: Tensor = exclude) -> None:
+            settings: dict[str, Any] = {"tau": 1.0, "symmetric": False, "exclude": exclude, "tile": tile}
+            torch.autograd.grad(blocked_module.blocked(unit, values, **settings), unit, values)
+
+        edges = {str(t): (lambda t=t, run=run: run(t)) for t in (256, 384, 512, 768, 1024, 1536)}
+        rows += [{"shape": name, "tile": int(t), "ms": ms} for t, ms in alternate_ms(edges).items()]
+    return rows
+
+
+def find_crossover() -> list[dict[str, Any]]:
+    """Plain and blocked forms side by side as N grows, with and without a graph."""
+    rows = []
+    for n in (64, 128, 192, 256, 384, 512, 768, 1024, 1536):
+        for form in ("set", "graph"):
+            x = torch.randn(n, 32).relu().requires_grad_()
+            exclude = random_graph(n, 6 * n, False) if form == "graph" else None
+            upstream = torch.randn(n, 32)
+            names = ("plain", "blocked")
+            steps = {i: step(x, upstream, exclude, implementation=i) for i in names}
+            times = alternate_ms(steps, rounds=25)
+            rows.append({"form": form, "N": n, **times, "times plain": times["plain"] / times["blocked"]})
+    return rows
+
+
+def measure_growth() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Linear form as N grows tenfold."""
+    rows = []
+    for n in (20000, 50000, 100000, 200000):
+        x, upstream = torch.randn(n, 32).relu().requires_grad_(), torch.randn(n, 32)
+        run = step(x, upstream, random_graph(n, 7 * n, False), implementation="linear")
+        rows.append({"N": n, "ms": median_ms(run)})
+    ratio = rows[-1]["ms"] / rows[0]["ms"]
+    return rows, [goal("linear: time at N = 200,000 over time at 20,000", ratio, 11, at_least=False)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    config = parse_config(Config, argv, prog="benchmarks.layer", description=__doc__ or "")
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    names = config.only.split(",")
+    if unknown := [name for name in names if name not in SHAPES]:
+        raise UserError(f"--only: unknown shape {unknown[0]!r}; there are {', '.join(SHAPES)}")
+    if config.tiles:
+        return report("layer-tiles", compare_tiles(), [], config.json)
+    if config.crossover:
+        return report("layer-crossover", find_crossover(), [], config.json)
+    if config.growth:
+        return report("layer-growth", *measure_growth(), config.json)
+    rate = product_gflops()
+    print(f"large float32 products: {rate:.0f} GFLOP/s on {torch.get_num_threads()} threads")
+    rows: list[dict[str, Any]] = []
+    for name in tqdm(names, desc="shapes"):
+        rows += measure(name, SHAPES[name], rate, config.rounds)
+    report("layer", rows, check_goals(rows), config.json)
+
+
+if __name__ == "__main__":
+    run_main(main)
