@@ -1,0 +1,64 @@
+"""The benchmark programs measure what they say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import common, layer, table
+from repro.errors import UserError
+
+
+def test_layer_measures_every_implementation_and_checks_goals(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(layer, "SHAPES", {"cora": layer.Shape((120, 8), 500), "bert": layer.Shape((2, 20, 8))})
+    path = tmp_path / "out" / "layer.json"
+    layer.main(["--only", "cora,bert", "--rounds", "3", "--json", str(path)])
+    content = json.loads(path.read_text())
+    measured = {(row["shape"], row["implementation"]) for row in content["rows"]}
+    assert measured >= {("cora", n) for n in ("plain", "blocked", "linear-2", "linear-3")} | {("bert", "sdpa")}
+    for row in content["rows"]:
+        assert row["ms"] > 0 and row["output error"] < 3e-3
+        assert row["implementation"].startswith("linear") or row["output error"] < 1e-6
+    assert [g["goal"] for g in content["goals"]] == ["cora: blocked against plain, times faster"]
+    assert "of 1 goals met" in capsys.readouterr().out
+    assert content["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
+    table.main(["--file", str(path)])
+    assert capsys.readouterr().out.startswith("| shape | implementation | ms |")
+
+
+def test_unknown_shapes_are_named():
+    with pytest.raises(UserError, match="there are cora"):
+        layer.main(["--only", "pubmed"])
+    with pytest.raises(UserError, match="no such file"):
+        table.main(["--file", "nowhere.json"])
+
+
+def test_peak_memory_is_seen_and_freed_memory_is_not_added_up():
+    def touch() -> None:
+        for _ in range(3):
+            torch.ones(16, 2**20).sum()  # 64 MiB each, one after the other
+
+    assert 50 < common.peak_extra_mb(touch) < 120
+
+
+def test_a_measured_process_that_dies_is_an_error():
+    def die() -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        common.peak_extra_mb(die)
+
+
+@pytest.mark.parametrize(("value", "at_least", "met"), [(5.0, True, True), (4.9, True, False), (5.1, False, False)])
+def test_goals(value, at_least, met):
+    assert common.goal("g", value, 5.0, at_least=at_least)["met"] is met
+
+
+def test_random_graphs_have_loops_and_the_asked_number_of_edges():
+    for directed in (False, True):
+        dense = layer.random_graph(500, 3000, directed).to_dense()
+        assert (dense.diagonal() == 1).all()
+        assert 2800 <= int((dense != 0).sum()) <= 3000
+        assert torch.equal(dense, dense.T) != directed
