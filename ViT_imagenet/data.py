@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ class Files:
 
     def __init__(self, samples: Sequence[tuple[str, int]], classes: list[str]) -> None:
         self.classes = classes
-        self._paths = np.array([path for path, _ in samples], dtype=np.bytes_)  # one block that workers share
+        self._paths = np.array([os.fsencode(path) for path, _ in samples])  # one block that workers share
         self._labels = np.array([label for _, label in samples], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -81,7 +82,7 @@ class Files:
 
     def image(self, index: int) -> Image.Image:
         """The decoded file."""
-        path = self._paths[index].decode()
+        path = os.fsdecode(self._paths[index])
         return _decode(path, path)
 
 

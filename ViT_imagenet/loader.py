@@ -209,6 +209,7 @@ def make_loader(source: ImageSource, batches: Sampler[list[Ticket]], transform: 
         num_workers=config.num_workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
+        persistent_workers=config.num_workers > 0,
         worker_init_fn=_one_thread,
     )
 

@@ -56,6 +56,7 @@ def start_model(config: Config, data: ImageData) -> torch.nn.Module:
     if config.finetune:
         setup.load_weights(model, config.finetune, reset_head=config.reset_head, new_steps=True)
     elif config.resume and config.eval:
+        setup.check_same_model(config)
         setup.load_weights(model, config.resume, reset_head=False)
     return model
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from contranorm import ContraNorm
 from repro.checkpoint import list_checkpoints, read_checkpoint
+from repro.config import load_yaml
 from repro.errors import UserError
 from ViT_imagenet.config import FUSED_OPTIMIZERS, Config
 from ViT_imagenet.models import SUFFIX, contra_norm_sites
@@ -166,6 +167,23 @@ def load_weights(model: nn.Module, path: str, *, reset_head: bool, new_steps: bo
         theirs = {k: v for k, v in mine.items() if k.endswith(".step")} | theirs
     check_fit(model, theirs, path)
     model.load_state_dict(theirs)
+
+
+def check_same_model(config: Config) -> None:
+    """Raise a UserError when `--resume` names a run of another model, whose keys may be the same.
+
+    Weights alone do not tell which norm they were trained with; a run folder does.
+    """
+    written = Path(str(config.resume)) / "args.yaml"
+    if not written.exists():
+        return
+    theirs = load_yaml(written)
+    fields = ("model", "depth", "norm", "scale", "temp", "identity", "dual_norm", "pre_norm", "learnable", "last_norm")
+    for name in fields:
+        if theirs.get(name) != getattr(config, name):
+            raise UserError(
+                f"--resume {config.resume} was trained with {name}={theirs.get(name)!r}, not {getattr(config, name)!r}"
+            )
 
 
 def check_fit(model: nn.Module, weights: dict[str, torch.Tensor], path: str) -> None:

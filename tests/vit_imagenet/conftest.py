@@ -76,7 +76,7 @@ def make_folders(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def quick() -> list[str]:
     """Flags of a run of seconds; needs --data_path and --output_dir."""
     return (

@@ -13,7 +13,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from repro.errors import Interrupted, UserError
+from repro.errors import Interrupted, UserError, run_main
 from repro.run import Run
 from ViT_imagenet.main import main
 
@@ -31,15 +31,16 @@ def same_weights(one: Path, other: Path, name: str = "model.safetensors") -> boo
     return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def flags(quick: list[str], parquet: Path) -> list[str]:
     return [*quick, f"--data_path={parquet}"]
 
 
-@pytest.fixture
-def undisturbed(flags: list[str], tmp_path: Path) -> Path:
-    main([*flags, "--checkpoint_every=2", f"--output_dir={tmp_path / 'whole'}"])
-    return tmp_path / "whole"
+@pytest.fixture(scope="module")
+def undisturbed(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "whole"
+    main([*flags, "--checkpoint_every=2", f"--output_dir={folder}"])
+    return folder
 
 
 def test_a_run_ends_with_a_record(undisturbed: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,7 +93,9 @@ def test_killed_in_mid_epoch_and_started_again_gives_the_same_weights(
             assert whole[key] == again[key], key
 
 
-@pytest.mark.parametrize("step", [1, 3, 6, 9])
+@pytest.mark.parametrize(
+    "step", [3, 6, pytest.param(1, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow)]
+)
 def test_stopped_by_a_signal_anywhere_and_started_again_gives_the_same_weights(
     step: int, undisturbed: Path, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +189,8 @@ def test_eval_finetune_and_resume(undisturbed: Path, flags: list[str], tmp_path:
     assert record(tmp_path / "eval")["metrics"]["test_loss"] == pytest.approx(
         record(undisturbed)["metrics"]["test_loss"]
     )
+    with pytest.raises(UserError, match="trained with scale=0.1, not 0.2"):
+        main([*flags, "--scale=0.2", "--eval", f"--resume={undisturbed}", f"--output_dir={tmp_path / 'other'}"])
     main([*flags, "--epochs=1", "--input_size=48", f"--finetune={undisturbed / 'model.safetensors'}", "--probe",
           f"--output_dir={tmp_path / 'larger'}"])  # fmt: skip
     done = record(tmp_path / "larger")
@@ -258,3 +263,17 @@ def test_a_diverged_run_is_told(flags: list[str], tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(engine.Trainer, "batch_loss", lambda self, x, y: self.model(x).sum() * float("nan"))
     with pytest.raises(UserError, match="loss is nan at epoch 0"):
         main([*flags, f"--output_dir={tmp_path / 'a'}"])
+
+
+@pytest.mark.parametrize(
+    "more", [["--data_path=/nowhere"], ["--input_size=33"], ["--depth=0"], ["--norm=layer"], ["--mixed_precision=fp16"]]
+)
+def test_bad_input_is_one_line_exit_code_2_and_no_folder(
+    more: list[str], flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        run_main(lambda: main([*flags, *more, f"--output_dir={tmp_path / 'a'}"]))
+    assert left.value.code == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert not (tmp_path / "a").exists()
