@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from repro.errors import UserError
+from ViT_imagenet import setup
 from ViT_imagenet.config import Config
-from ViT_imagenet.distill import DistillationLoss
+from ViT_imagenet.distill import DistillationLoss, build_teacher
 from ViT_imagenet.loader import BadImages, Sample, TrainBatches, derive_seed
 
 _LOOK_EVERY = 20  # steps
@@ -34,6 +35,7 @@ class Progress:
 
     epoch: int = 0
     step: int = 0  # finished steps of this epoch
+    steps_per_epoch: int = 0
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))  # mean losses of this epoch's steps, added up
     train_seconds: float = 0.0  # in training, evaluation left out
     processor_seconds: float = 0.0  # of the main process, workers left out
@@ -61,6 +63,39 @@ class Trainer:
         """The model without accelerate's wrapping."""
         model: nn.Module = self.accelerator.unwrap_model(self.model)
         return model
+
+    def state(self, progress: Progress) -> dict[str, Any]:
+        """What a checkpoint holds. No generator state: see `loader.derive_seed`."""
+        scaler = self.accelerator.scaler
+        return {
+            "model": self.plain_model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "progress": asdict(progress),
+        }
+
+    def load(self, state: dict[str, Any], where: str, steps_per_epoch: int) -> Progress:
+        """Put a checkpoint from `where` in place; the inverse of `state`.
+
+        Raises:
+            UserError: it is of another model, or in the middle of an epoch of another length.
+        """
+        setup.check_fit(self.plain_model, state["model"], where)
+        progress = Progress(**state["progress"])
+        if progress.step and progress.steps_per_epoch != steps_per_epoch:
+            raise UserError(
+                f"{where} stands at step {progress.step} of {progress.steps_per_epoch} of an epoch, which has "
+                f"{steps_per_epoch} steps here: keep the effective batch and the data, or use --finetune"
+            )
+        self.plain_model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.bad_images = BadImages(self.config.on_bad_image, progress.bad_images)
+        return progress
 
     def batch_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Loss of one micro-batch; images (B, 3, H, W), labels (B,) or, mixed, (B, C)."""
@@ -135,40 +170,37 @@ class Trainer:
         return reduced
 
 
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module, loader: DataLoader[Sample], accelerator: Accelerator, bad_images: BadImages
-) -> dict[str, float]:
-    """Accuracy and loss over all images of all processes' loaders, each counted once.
-
-    Args:
-        model: not wrapped for several processes: their batches differ in number.
-        loader: this process's share of the images.
-        accelerator: for the device, autocast, and the sum over processes.
-        bad_images: takes note of the undecodable, which are not counted.
-
-    Returns:
-        test_accuracy, test_top5 (fractions), test_loss (mean cross-entropy), test_images (how many were counted).
-    """
-    model.eval()
-    sums = torch.zeros(4, device=accelerator.device)  # correct, correct in 5, loss, images
-    for batch in tqdm(loader, "evaluation", disable=not accelerator.is_main_process, leave=False):
-        bad_images.add(batch.bad)
-        keep = batch.usable
-        images = batch.image[keep].to(accelerator.device, non_blocking=True)
-        labels = batch.label[keep].to(accelerator.device, non_blocking=True)
-        if len(labels) == 0:
-            continue
-        with accelerator.autocast():
-            logits = model(images).float()  # (B, C)
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)  # (B, 5)
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, loss.new_tensor(len(labels))])
-    correct, top5, loss_sum, images_seen = accelerator.reduce(sums, reduction="sum").tolist()
-    count = max(images_seen, 1.0)
-    return {
-        "test_accuracy": correct / count,
-        "test_top5": top5 / count,
-        "test_loss": loss_sum / count,
-        "test_images": int(images_seen),
-    }
+def build_trainer(
+    config: Config, accelerator: Accelerator, model: nn.Module, classes: int, batches: TrainBatches
+) -> Trainer:
+    """Everything that a step needs."""
+    loss = setup.base_loss(config)
+    if config.distillation_type != "none":
+        if not hasattr(model, "set_distilled_training"):
+            raise UserError(f"--distillation_type needs a distilled model, {config.model} has no distillation token")
+        teacher = build_teacher(config, classes).to(accelerator.device)
+        loss = DistillationLoss(
+            loss, teacher, config.distillation_type, config.distillation_alpha, config.distillation_tau
+        )
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(True)  # type: ignore[operator]
+    model.to(accelerator.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+    ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
+    optimizer = setup.build_optimizer(model, config, batches.effective)
+    scheduler = setup.build_scheduler(optimizer, config, batches.steps)
+    mixup = None
+    if config.mixes:
+        mixup = Mixup(
+            mixup_alpha=config.mixup,
+            cutmix_alpha=config.cutmix,
+            cutmix_minmax=config.cutmix_minmax,
+            prob=config.mixup_prob,
+            switch_prob=config.mixup_switch_prob,
+            mode=config.mixup_mode,
+            label_smoothing=config.smoothing,
+            num_classes=classes,
+        )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return Trainer(
+        config, accelerator, model, optimizer, scheduler, loss, mixup, ema, BadImages(config.on_bad_image)
+    )  # fmt: skip

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors.torch import save
-from timm.data import Mixup
-from timm.utils import ModelEmaV3
 
 from repro.checkpoint import write_atomic
 from repro.config import parse_config
@@ -22,8 +21,8 @@ from repro.seeding import seed_everything
 from ViT_imagenet import setup
 from ViT_imagenet.config import Config
 from ViT_imagenet.data import ImageData, load_data
-from ViT_imagenet.distill import DistillationLoss, build_teacher
-from ViT_imagenet.engine import Progress, Trainer, evaluate
+from ViT_imagenet.engine import Progress, Trainer, build_trainer
+from ViT_imagenet.evaluation import evaluate
 from ViT_imagenet.loader import BadImages, EvalBatches, TrainBatches, eval_transform, make_loader, train_transform
 from ViT_imagenet.models import collapse_by_block
 
@@ -94,7 +93,9 @@ def evaluate_only(config: Config, accelerator: Accelerator, run: Run, data: Imag
     model.to(accelerator.device)
     metrics = evaluate(model, test_loader(config, accelerator, data, side(model)), accelerator, bad)
     accelerator.print(f"test accuracy {metrics['test_accuracy']:.4f} over {metrics['test_images']} images")
-    run.finish(metrics, protocol=protocol(config, data), selection="the weights given", bad_images=list(bad.names))
+    run.finish(
+        metrics, protocol=protocol(config, data), selection="the weights given", bad_images=all_names(accelerator, bad)
+    )
 
 
 def side(model: torch.nn.Module) -> int:
@@ -108,66 +109,35 @@ def protocol(config: Config, data: ImageData) -> str:
     return f"{data.name} {data.test_split} split{part}, top-1, centre crop"
 
 
-def build_trainer(
-    config: Config, accelerator: Accelerator, data: ImageData, model: torch.nn.Module, batches: TrainBatches
-) -> Trainer:
-    """Everything that a step needs."""
-    classes = len(data.classes)
-    loss = setup.base_loss(config)
-    if config.distillation_type != "none":
-        if not hasattr(model, "set_distilled_training"):
-            raise UserError(f"--distillation_type needs a distilled model, {config.model} has no distillation token")
-        teacher = build_teacher(config, classes).to(accelerator.device)
-        loss = DistillationLoss(
-            loss, teacher, config.distillation_type, config.distillation_alpha, config.distillation_tau
-        )
-    if hasattr(model, "set_distilled_training"):
-        model.set_distilled_training(True)  # type: ignore[operator]
-    model.to(accelerator.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
-    ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
-    optimizer = setup.build_optimizer(model, config, batches.effective)
-    scheduler = setup.build_scheduler(optimizer, config, batches.steps)
-    mixup = None
-    if config.mixes:
-        mixup = Mixup(
-            mixup_alpha=config.mixup,
-            cutmix_alpha=config.cutmix,
-            cutmix_minmax=config.cutmix_minmax,
-            prob=config.mixup_prob,
-            switch_prob=config.mixup_switch_prob,
-            mode=config.mixup_mode,
-            label_smoothing=config.smoothing,
-            num_classes=classes,
-        )
-    model, optimizer = accelerator.prepare(model, optimizer)
-    return Trainer(
-        config, accelerator, model, optimizer, scheduler, loss, mixup, ema, BadImages(config.on_bad_image)
-    )  # fmt: skip
-
-
 def train(config: Config, accelerator: Accelerator, run: Run, data: ImageData, model: torch.nn.Module) -> None:
     """All epochs, from the last checkpoint on, and the record."""
     batches = TrainBatches(len(data.train), config, accelerator.process_index, accelerator.num_processes)
     report_start(config, accelerator, data, model, batches)
-    trainer = build_trainer(config, accelerator, data, model, batches)
+    trainer = build_trainer(config, accelerator, model, len(data.classes), batches)
     size = side(trainer.plain_model)
     pin = accelerator.device.type == "cuda"
     loader = make_loader(data.train, batches, train_transform(config, size), size, config, pin_memory=pin)
     tests = test_loader(config, accelerator, data, size)
-    progress = restore(config, run, trainer)
+    found = run.restore()
+    progress = Progress()
+    if found is not None:
+        progress = trainer.load(found[1], config.output_dir, batches.steps)
+    elif config.resume:
+        progress = trainer.load(setup.read_state(config.resume), config.resume, batches.steps)
+    progress.steps_per_epoch = batches.steps
     metrics: dict[str, float] = {}
 
     def save_state() -> None:
-        progress.bad_images = list(trainer.bad_images.names)
-        run.checkpoint(progress.epoch * batches.steps + progress.step, state_of(trainer, progress))
+        stop = agreed(accelerator, run.stop_requested)
+        progress.bad_images = all_names(accelerator, trainer.bad_images)
+        run.checkpoint(progress.epoch * batches.steps + progress.step, trainer.state(progress))
+        if stop:  # asked of another process; this one leaves with it
+            raise Interrupted(signal.SIGTERM)
 
     def after_step() -> None:
-        stop = agreed(accelerator, run.stop_requested)
         due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
-        if (due or stop) and progress.step < batches.steps:
+        if progress.step < batches.steps and (agreed(accelerator, run.stop_requested) or due):
             save_state()
-            if stop:  # asked of another process; this one leaves with it
-                raise Interrupted(15)
 
     while progress.epoch < config.epochs:
         batches.epoch, batches.start_step = progress.epoch, progress.step
@@ -180,10 +150,7 @@ def train(config: Config, accelerator: Accelerator, run: Run, data: ImageData, m
             "images_per_second": progress.images_total / max(progress.train_seconds, 1e-9),
         }
         if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
-            metrics = evaluate(trainer.plain_model, tests, accelerator, trainer.bad_images)
-            if trainer.ema is not None:
-                averaged = evaluate(trainer.ema.module, tests, accelerator, trainer.bad_images)
-                metrics["test_accuracy_ema"] = averaged["test_accuracy"]
+            metrics = test(trainer, tests)
             progress.best = max(progress.best, metrics["test_accuracy"])
             line.update(metrics)
         run.log(line)
@@ -194,42 +161,29 @@ def train(config: Config, accelerator: Accelerator, run: Run, data: ImageData, m
     finish(config, accelerator, run, data, trainer, progress, metrics, tests)
 
 
+def test(trainer: Trainer, tests: Any) -> dict[str, float]:
+    """Metrics of the weights and, where it is kept, of their moving average."""
+    metrics = evaluate(trainer.plain_model, tests, trainer.accelerator, trainer.bad_images)
+    if trainer.ema is not None:
+        averaged = evaluate(trainer.ema.module, tests, trainer.accelerator, trainer.bad_images)
+        metrics["test_accuracy_ema"] = averaged["test_accuracy"]
+    return metrics
+
+
+def all_names(accelerator: Accelerator, bad_images: BadImages) -> list[str]:
+    """The bad images that any process has met."""
+    names = list(bad_images.names)
+    if accelerator.num_processes > 1:
+        names = [name for part in gather_object([names]) for name in part]
+    return list(dict.fromkeys(names))
+
+
 def agreed(accelerator: Accelerator, stop: bool) -> bool:
     """True when any process was asked to stop: all must leave at the same step."""
     if accelerator.num_processes == 1:
         return stop
     flag = torch.tensor(float(stop), device=accelerator.device)
     return bool(accelerator.reduce(flag, reduction="sum") > 0)
-
-
-def state_of(trainer: Trainer, progress: Progress) -> dict[str, Any]:
-    """What a checkpoint holds. No generator state: see `loader.derive_seed`."""
-    scaler = trainer.accelerator.scaler
-    return {
-        "model": trainer.plain_model.state_dict(),
-        "ema": None if trainer.ema is None else trainer.ema.module.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "scaler": None if scaler is None else scaler.state_dict(),
-        "progress": asdict(progress),
-    }
-
-
-def restore(config: Config, run: Run, trainer: Trainer) -> Progress:
-    """Put the last checkpoint of this folder, or the one of `--resume`, in place."""
-    found = run.restore()
-    state = found[1] if found else setup.read_state(config.resume) if config.resume else None
-    if state is None:
-        return Progress()
-    setup.check_fit(trainer.plain_model, state["model"], config.resume or config.output_dir)
-    trainer.plain_model.load_state_dict(state["model"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    if trainer.ema is not None and state["ema"] is not None:
-        trainer.ema.module.load_state_dict(state["ema"])
-    if trainer.accelerator.scaler is not None and state["scaler"] is not None:
-        trainer.accelerator.scaler.load_state_dict(state["scaler"])
-    progress = Progress(**state["progress"])
-    trainer.bad_images = BadImages(config.on_bad_image, progress.bad_images)
-    return progress
 
 
 def finish(
@@ -247,8 +201,7 @@ def finish(
         write_atomic(folder / "model.safetensors", save(contiguous(trainer.plain_model)))
         if trainer.ema is not None:
             write_atomic(folder / "model_ema.safetensors", save(contiguous(trainer.ema.module)))
-    if not metrics:  # interrupted between the last epoch and the record
-        metrics = evaluate(trainer.plain_model, tests, accelerator, trainer.bad_images)
+    metrics = metrics or test(trainer, tests)  # empty when interrupted between the last epoch and the record
     metrics["best_epoch_test_accuracy"] = progress.best
     run.finish(
         metrics,
@@ -260,7 +213,7 @@ def finish(
         processor_seconds=progress.processor_seconds,
         parameters=sum(p.numel() for p in trainer.plain_model.parameters()),
         processes=accelerator.num_processes,
-        bad_images=list(trainer.bad_images.names),
+        bad_images=all_names(accelerator, trainer.bad_images),
         **extra,
     )
     accelerator.print(f"test accuracy {metrics['test_accuracy']:.4f}; {run.folder / 'record.json'}")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from repro.errors import Interrupted, UserError, run_main
 from repro.run import Run
+from ViT_imagenet.curves import main as curves
 from ViT_imagenet.main import main
 
 
@@ -277,3 +278,31 @@ def test_bad_input_is_one_line_exit_code_2_and_no_folder(
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(told) == 1
     assert not (tmp_path / "a").exists()
+
+
+def test_a_checkpoint_in_mid_epoch_needs_the_same_steps(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Run.checkpoint
+
+    def die(self: Run, step: int, state: object) -> None:
+        real(self, step, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "checkpoint", die)
+        with pytest.raises(KeyboardInterrupt):
+            main([*flags, "--checkpoint_every=2", f"--output_dir={tmp_path / 'first'}"])
+    with pytest.raises(UserError, match="step 2 of 6 of an epoch, which has 3 steps here"):
+        main([*flags, "--accumulate=2", f"--resume={tmp_path / 'first'}", f"--output_dir={tmp_path / 'second'}"])
+
+
+def test_curves_are_drawn_from_records(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    curves(["--runs", str(undisturbed.parent)])
+    done = record(undisturbed)
+    note = (undisturbed.parent / "README.md").read_text()
+    assert f"| whole | ContraNorm, s = 0.1 | {done['metrics']['test_accuracy']:.4f} |" in note
+    assert (undisturbed.parent / "learning_curves.png").stat().st_size > 5000
+    assert (undisturbed.parent / "curves.csv").read_text().count("\n") == 3
+    with pytest.raises(UserError, match="record.json"):
+        curves(["--runs", str(undisturbed)])
