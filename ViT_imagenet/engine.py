@@ -22,8 +22,11 @@ from tqdm import tqdm
 from repro.errors import UserError
 from ViT_imagenet import setup
 from ViT_imagenet.config import Config
+from ViT_imagenet.data import ImageData
 from ViT_imagenet.distill import DistillationLoss, build_teacher
-from ViT_imagenet.loader import BadImages, Sample, TrainBatches, derive_seed
+from ViT_imagenet.evaluation import evaluate, test_loader
+from ViT_imagenet.loader import BadImages, Sample, TrainBatches, derive_seed, make_loader, train_transform
+from ViT_imagenet.models import image_side
 
 _LOOK_EVERY = 20  # steps
 _MIXUP, _MODEL = 2, 3  # what a derived seed is for; 0 and 1 are the order and the augmentation, see loader.py
@@ -57,6 +60,9 @@ class Trainer:
     mixup: Mixup | None
     ema: ModelEmaV3 | None
     bad_images: BadImages
+    batches: TrainBatches
+    loader: DataLoader[Sample]  # training images, this process's share
+    tests: DataLoader[Sample]  # evaluation images, this process's share
 
     @property
     def plain_model(self) -> nn.Module:
@@ -75,7 +81,7 @@ class Trainer:
             "progress": asdict(progress),
         }
 
-    def load(self, state: dict[str, Any], where: str, steps_per_epoch: int) -> Progress:
+    def load(self, state: dict[str, Any], where: str) -> Progress:
         """Put a checkpoint from `where` in place; the inverse of `state`.
 
         Raises:
@@ -83,10 +89,10 @@ class Trainer:
         """
         setup.check_fit(self.plain_model, state["model"], where)
         progress = Progress(**state["progress"])
-        if progress.step and progress.steps_per_epoch != steps_per_epoch:
+        if progress.step and progress.steps_per_epoch != self.batches.steps:
             raise UserError(
                 f"{where} stands at step {progress.step} of {progress.steps_per_epoch} of an epoch, which has "
-                f"{steps_per_epoch} steps here: keep the effective batch and the data, or use --finetune"
+                f"{self.batches.steps} steps here: keep the effective batch and the data, or use --finetune"
             )
         self.plain_model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -95,7 +101,16 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.bad_images = BadImages(self.config.on_bad_image, progress.bad_images)
+        progress.steps_per_epoch = self.batches.steps
         return progress
+
+    def test(self) -> dict[str, float]:
+        """Metrics of the weights and, where it is kept, of their moving average."""
+        metrics = evaluate(self.plain_model, self.tests, self.accelerator, self.bad_images)
+        if self.ema is not None:
+            averaged = evaluate(self.ema.module, self.tests, self.accelerator, self.bad_images)
+            metrics["test_accuracy_ema"] = averaged["test_accuracy"]
+        return metrics
 
     def batch_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Loss of one micro-batch; images (B, 3, H, W), labels (B,) or, mixed, (B, C)."""
@@ -106,13 +121,13 @@ class Trainer:
             return (self.loss(outputs[0].float(), labels) + self.loss(outputs[1].float(), labels)) / 2
         return self.loss(outputs.float(), labels)
 
-    def train_epoch(
-        self, batches: TrainBatches, loader: DataLoader[Sample], progress: Progress, after_step: Callable[[], None]
-    ) -> None:
+    def train_epoch(self, progress: Progress, after_step: Callable[[], None]) -> None:
         """Train from `progress.step` to the end of the epoch; `after_step` runs when a step is complete."""
         self.model.train()
+        batches = self.batches
+        batches.epoch, batches.start_step = progress.epoch, progress.step
         steps = range(progress.step, batches.steps)
-        stream = iter(loader)
+        stream = iter(self.loader)
         if not self.config.sched_on_updates:
             self.scheduler.step(progress.epoch)
         progress.loss_sum = progress.loss_sum.to(self.accelerator.device)
@@ -170,10 +185,16 @@ class Trainer:
         return reduced
 
 
-def build_trainer(
-    config: Config, accelerator: Accelerator, model: nn.Module, classes: int, batches: TrainBatches
-) -> Trainer:
-    """Everything that a step needs."""
+def build_trainer(config: Config, accelerator: Accelerator, model: nn.Module, data: ImageData) -> Trainer:
+    """Everything that a step needs.
+
+    Raises:
+        UserError: too few images for one step, a teacher that does not fit.
+    """
+    batches = TrainBatches(len(data.train), config, accelerator.process_index, accelerator.num_processes)
+    classes = len(data.classes)
+    size, pin = image_side(model), accelerator.device.type == "cuda"
+    loader = make_loader(data.train, batches, train_transform(config, size), size, config, pin_memory=pin)
     loss = setup.base_loss(config)
     if config.distillation_type != "none":
         if not hasattr(model, "set_distilled_training"):
@@ -202,5 +223,16 @@ def build_trainer(
         )
     model, optimizer = accelerator.prepare(model, optimizer)
     return Trainer(
-        config, accelerator, model, optimizer, scheduler, loss, mixup, ema, BadImages(config.on_bad_image)
-    )  # fmt: skip
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        loss=loss,
+        mixup=mixup,
+        ema=ema,
+        bad_images=BadImages(config.on_bad_image),
+        batches=batches,
+        loader=loader,
+        tests=test_loader(config, accelerator, data, size),
+    )

@@ -8,7 +8,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ViT_imagenet.loader import BadImages, Sample
+from ViT_imagenet.config import Config
+from ViT_imagenet.data import ImageData
+from ViT_imagenet.loader import BadImages, EvalBatches, Sample, eval_transform, make_loader
+
+
+def test_loader(config: Config, accelerator: Accelerator, data: ImageData, size: int) -> DataLoader[Sample]:
+    """This process's share of the evaluation images."""
+    batches = EvalBatches(len(data.test), config.batch_size, accelerator.process_index, accelerator.num_processes)
+    pin = accelerator.device.type == "cuda"
+    return make_loader(data.test, batches, eval_transform(config, size), size, config, pin_memory=pin)
 
 
 @torch.inference_mode()

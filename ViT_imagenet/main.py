@@ -22,9 +22,9 @@ from ViT_imagenet import setup
 from ViT_imagenet.config import Config
 from ViT_imagenet.data import ImageData, load_data
 from ViT_imagenet.engine import Progress, Trainer, build_trainer
-from ViT_imagenet.evaluation import evaluate
-from ViT_imagenet.loader import BadImages, EvalBatches, TrainBatches, eval_transform, make_loader, train_transform
-from ViT_imagenet.models import collapse_by_block
+from ViT_imagenet.evaluation import evaluate, test_loader
+from ViT_imagenet.loader import BadImages
+from ViT_imagenet.models import collapse_by_block, image_side
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,17 +40,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = load_data(config)
     seed_everything(config.seed)
     model = start_model(config, data)
-    with run:  # bad input has been told by now, and nothing has been written
-        if config.eval:
+    # Bad input is told before the folder is entered: nothing has been written by then.
+    if config.eval:
+        with run:
             evaluate_only(config, accelerator, run, data, model)
-        else:
-            train(config, accelerator, run, data, model)
+    else:
+        trainer = build_trainer(config, accelerator, model, data)
+        with run:
+            report_start(config, data, trainer)
+            train(config, run, data, trainer)
     if accelerator.num_processes > 1:
         torch.distributed.destroy_process_group()
 
 
 def start_model(config: Config, data: ImageData) -> torch.nn.Module:
-    """The model with the weights it starts from; `--resume` in training is `restore`'s business."""
+    """The model with the weights it starts from; `--resume` in training is `train`'s business."""
     model = setup.build_model(config, len(data.classes))
     if config.finetune:
         setup.load_weights(model, config.finetune, reset_head=config.reset_head, new_steps=True)
@@ -60,10 +64,9 @@ def start_model(config: Config, data: ImageData) -> torch.nn.Module:
     return model
 
 
-def report_start(
-    config: Config, accelerator: Accelerator, data: ImageData, model: torch.nn.Module, batches: TrainBatches
-) -> None:
+def report_start(config: Config, data: ImageData, trainer: Trainer) -> None:
     """Say what is about to happen."""
+    accelerator, batches, model = trainer.accelerator, trainer.batches, trainer.plain_model
     parameters = sum(p.numel() for p in model.parameters())
     accelerator.print(f"model: {config.model}, depth {config.depth}, {parameters:,} parameters on {accelerator.device}")
     accelerator.print(setup.describe_norms(model))
@@ -79,28 +82,16 @@ def report_start(
     )
 
 
-def test_loader(config: Config, accelerator: Accelerator, data: ImageData, size: int) -> Any:
-    """This process's share of the evaluation images."""
-    batches = EvalBatches(len(data.test), config.batch_size, accelerator.process_index, accelerator.num_processes)
-    pin = accelerator.device.type == "cuda"
-    return make_loader(data.test, batches, eval_transform(config, size), size, config, pin_memory=pin)
-
-
 def evaluate_only(config: Config, accelerator: Accelerator, run: Run, data: ImageData, model: torch.nn.Module) -> None:
     """`--eval`: one pass over the evaluation images, and a record."""
     accelerator.print(setup.describe_norms(model))
     bad = BadImages(config.on_bad_image)
     model.to(accelerator.device)
-    metrics = evaluate(model, test_loader(config, accelerator, data, side(model)), accelerator, bad)
+    metrics = evaluate(model, test_loader(config, accelerator, data, image_side(model)), accelerator, bad)
     accelerator.print(f"test accuracy {metrics['test_accuracy']:.4f} over {metrics['test_images']} images")
     run.finish(
         metrics, protocol=protocol(config, data), selection="the weights given", bad_images=all_names(accelerator, bad)
     )
-
-
-def side(model: torch.nn.Module) -> int:
-    """Side of the images that the model takes."""
-    return int(model.patch_embed.img_size[0])  # type: ignore[union-attr, index]
 
 
 def protocol(config: Config, data: ImageData) -> str:
@@ -109,48 +100,40 @@ def protocol(config: Config, data: ImageData) -> str:
     return f"{data.name} {data.test_split} split{part}, top-1, centre crop"
 
 
-def train(config: Config, accelerator: Accelerator, run: Run, data: ImageData, model: torch.nn.Module) -> None:
+def train(config: Config, run: Run, data: ImageData, trainer: Trainer) -> None:
     """All epochs, from the last checkpoint on, and the record."""
-    batches = TrainBatches(len(data.train), config, accelerator.process_index, accelerator.num_processes)
-    report_start(config, accelerator, data, model, batches)
-    trainer = build_trainer(config, accelerator, model, len(data.classes), batches)
-    size = side(trainer.plain_model)
-    pin = accelerator.device.type == "cuda"
-    loader = make_loader(data.train, batches, train_transform(config, size), size, config, pin_memory=pin)
-    tests = test_loader(config, accelerator, data, size)
+    accelerator = trainer.accelerator
     found = run.restore()
-    progress = Progress()
+    progress = Progress(steps_per_epoch=trainer.batches.steps)
     if found is not None:
-        progress = trainer.load(found[1], config.output_dir, batches.steps)
+        progress = trainer.load(found[1], config.output_dir)
     elif config.resume:
-        progress = trainer.load(setup.read_state(config.resume), config.resume, batches.steps)
-    progress.steps_per_epoch = batches.steps
+        progress = trainer.load(setup.read_state(config.resume), config.resume)
     metrics: dict[str, float] = {}
 
     def save_state() -> None:
         stop = agreed(accelerator, run.stop_requested)
         progress.bad_images = all_names(accelerator, trainer.bad_images)
-        run.checkpoint(progress.epoch * batches.steps + progress.step, trainer.state(progress))
+        run.checkpoint(progress.epoch * progress.steps_per_epoch + progress.step, trainer.state(progress))
         if stop:  # asked of another process; this one leaves with it
             raise Interrupted(signal.SIGTERM)
 
     def after_step() -> None:
         due = config.checkpoint_every and progress.step % config.checkpoint_every == 0
-        if progress.step < batches.steps and (agreed(accelerator, run.stop_requested) or due):
+        if progress.step < progress.steps_per_epoch and (agreed(accelerator, run.stop_requested) or due):
             save_state()
 
     while progress.epoch < config.epochs:
-        batches.epoch, batches.start_step = progress.epoch, progress.step
-        trainer.train_epoch(batches, loader, progress, after_step)
+        trainer.train_epoch(progress, after_step)
         epoch = progress.epoch
         line = {
             "epoch": epoch,
-            "train_loss": float(progress.loss_sum) / batches.steps,
+            "train_loss": float(progress.loss_sum) / progress.steps_per_epoch,
             "lr": trainer.optimizer.param_groups[0]["lr"],
             "images_per_second": progress.images_total / max(progress.train_seconds, 1e-9),
         }
         if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
-            metrics = test(trainer, tests)
+            metrics = trainer.test()
             progress.best = max(progress.best, metrics["test_accuracy"])
             line.update(metrics)
         run.log(line)
@@ -158,16 +141,7 @@ def train(config: Config, accelerator: Accelerator, run: Run, data: ImageData, m
         progress.epoch, progress.step, progress.loss_sum = epoch + 1, 0, torch.zeros(())
         save_state()
 
-    finish(config, accelerator, run, data, trainer, progress, metrics, tests)
-
-
-def test(trainer: Trainer, tests: Any) -> dict[str, float]:
-    """Metrics of the weights and, where it is kept, of their moving average."""
-    metrics = evaluate(trainer.plain_model, tests, trainer.accelerator, trainer.bad_images)
-    if trainer.ema is not None:
-        averaged = evaluate(trainer.ema.module, tests, trainer.accelerator, trainer.bad_images)
-        metrics["test_accuracy_ema"] = averaged["test_accuracy"]
-    return metrics
+    finish(config, run, data, trainer, progress, metrics)
 
 
 def all_names(accelerator: Accelerator, bad_images: BadImages) -> list[str]:
@@ -187,13 +161,13 @@ def agreed(accelerator: Accelerator, stop: bool) -> bool:
 
 
 def finish(
-    config: Config, accelerator: Accelerator, run: Run, data: ImageData, trainer: Trainer, progress: Progress,
-    metrics: dict[str, float], tests: Any,
-) -> None:  # fmt: skip
+    config: Config, run: Run, data: ImageData, trainer: Trainer, progress: Progress, metrics: dict[str, float]
+) -> None:
     """The last weights and the record."""
+    accelerator = trainer.accelerator
     extra: dict[str, Any] = {}
     if config.probe:
-        batch = next(iter(tests))
+        batch = next(iter(trainer.tests))
         images = batch.image[batch.usable].to(accelerator.device)
         extra["collapse"] = collapse_by_block(trainer.plain_model, images).to_dict("records")
     if run.main:
@@ -201,7 +175,7 @@ def finish(
         write_atomic(folder / "model.safetensors", save(contiguous(trainer.plain_model)))
         if trainer.ema is not None:
             write_atomic(folder / "model_ema.safetensors", save(contiguous(trainer.ema.module)))
-    metrics = metrics or test(trainer, tests)  # empty when interrupted between the last epoch and the record
+    metrics = metrics or trainer.test()  # empty when interrupted between the last epoch and the record
     metrics["best_epoch_test_accuracy"] = progress.best
     run.finish(
         metrics,

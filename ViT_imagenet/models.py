@@ -183,7 +183,13 @@ def _contranorm_entry(name: str, arch: dict[str, Any], distilled: bool) -> Calla
     return entry
 
 
-__all__ = ["SUFFIX", "collapse_by_block", "contra_norm_layer", "contra_norm_sites"]  # timm adds its models' names
+__all__ = [
+    "SUFFIX",
+    "collapse_by_block",
+    "contra_norm_layer",
+    "contra_norm_sites",
+    "image_side",
+]  # timm adds its models' names
 default_cfgs: dict[str, Any] = {}
 
 
@@ -223,6 +229,11 @@ def _in_this_module(entry: Callable[..., VisionTransformer]) -> Callable[..., Vi
 
 
 _register_all()
+
+
+def image_side(model: nn.Module) -> int:
+    """Side of the images that a model takes."""
+    return int(model.patch_embed.img_size[0])  # type: ignore[union-attr, index]
 
 
 @torch.no_grad()

@@ -267,7 +267,15 @@ def test_a_diverged_run_is_told(flags: list[str], tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    "more", [["--data_path=/nowhere"], ["--input_size=33"], ["--depth=0"], ["--norm=layer"], ["--mixed_precision=fp16"]]
+    "more",
+    [
+        ["--data_path=/nowhere"],
+        ["--input_size=33"],
+        ["--depth=0"],
+        ["--norm=layer"],
+        ["--mixed_precision=fp16"],
+        ["--batch_size=30"],
+    ],
 )
 def test_bad_input_is_one_line_exit_code_2_and_no_folder(
     more: list[str], flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
