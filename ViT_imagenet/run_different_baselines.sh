@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Depths x {vanilla, ContraNorm at each scale} x seeds, one command per line, through repro.sweep (done cells are skipped).
+#   bash ViT_imagenet/run_different_baselines.sh --dry-run
+#   CONFIG=cifar10_cpu DEPTHS="2 4 6" bash ViT_imagenet/run_different_baselines.sh
+#   CONFIG=imagenet100_tiny PROCESSES=4 FLAGS="--data-path /data/imagenet --class-list /data/classes.txt" CLUSTER=slurm \
+#       bash ViT_imagenet/run_different_baselines.sh --gpus 4 --cpus 40
+# Arguments go to repro.sweep.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON="${PYTHON:-python}"
+
+CONFIG="${CONFIG:-imagenet100_tiny}" # a file of ViT_imagenet/configs, without .yaml
+DEPTHS="${DEPTHS:-12 16 24}"
+SCALES="${SCALES:-vanilla 0.1 0.2 0.5 1.0}" # the paper does not say which scale its numbers have
+SEEDS="${SEEDS:-0}"
+PROCESSES="${PROCESSES:-1}" # per cell, one per GPU
+FLAGS="${FLAGS:-}"          # appended to every line, e.g. "--data-path /data/imagenet"
+RESULTS="${RESULTS:-out/vit/$CONFIG}"
+
+cells() {
+    local depth scale seed norm program="python -m ViT_imagenet.main"
+    if [ "$PROCESSES" -gt 1 ]; then
+        program="torchrun --standalone --nproc-per-node=$PROCESSES -m ViT_imagenet.main"
+    fi
+    for depth in $DEPTHS; do for scale in $SCALES; do for seed in $SEEDS; do
+        norm="--scale $scale"
+        if [ "$scale" = vanilla ]; then norm="--norm layer"; fi
+        echo "$program --config ViT_imagenet/configs/$CONFIG.yaml --depth $depth $norm --seed $seed $FLAGS"
+    done; done; done
+}
+
+cells | "$PYTHON" -m repro.sweep --results "$RESULTS" --jobs "${JOBS:-2}" --cluster "${CLUSTER:-local}" "$@"

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Table 2: DeiT with and without ContraNorm at 12, 16 and 24 layers, tiny and small, on ImageNet-100 and ImageNet-1k.
+#   bash scripts/reproduce_table2.sh --dry-run
+#   IMAGENET=/data/imagenet CLASS_LIST=/data/classes.txt PROCESSES=4 CLUSTER=slurm bash scripts/reproduce_table2.sh --gpus 4
+#   CONFIGS=cifar10_cpu DEPTHS=6 SCALES="vanilla 0.1" bash scripts/reproduce_table2.sh      the same on a laptop
+# IMAGENET is the folder with train/ and val/; CLASS_LIST names ImageNet-100's classes, one WordNet id a line.
+# Arguments go to repro.sweep.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+CONFIGS="${CONFIGS:-imagenet100_tiny imagenet100_small imagenet1k_tiny imagenet1k_small}"
+IMAGENET="${IMAGENET:-}"     # by default the data sets' folders below $CONTRANORM_DATA
+CLASS_LIST="${CLASS_LIST:-}" # not needed for a folder that holds just the 100 classes
+RESULTS="${RESULTS:-results/table2/runs}"
+
+status=0
+for config in $CONFIGS; do
+    flags="${FLAGS:-}"
+    case "$config" in
+        imagenet*) flags="$flags${IMAGENET:+ --data-path $IMAGENET}" ;;
+    esac
+    case "$config" in
+        imagenet100*) flags="$flags${CLASS_LIST:+ --class-list $CLASS_LIST}" ;;
+    esac
+    CONFIG="$config" FLAGS="$flags" RESULTS="$RESULTS" bash ViT_imagenet/run_different_baselines.sh "$@" || status=$?
+done
+exit "$status"

@@ -1,0 +1,145 @@
+"""The shell of ViT_imagenet: what it would run, and that every line of it runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from repro.config import parse_config
+from ViT_imagenet.config import Config
+from ViT_imagenet.main import main
+
+
+@pytest.fixture
+def listener(tmp_path: Path) -> Path:
+    """An interpreter that writes down its arguments and its input, one call after the other."""
+    program = tmp_path / "python"
+    program.write_text(
+        f'#!/usr/bin/env bash\nprintf "ARGS %s\\n" "$*" >> {tmp_path}/heard\n[ -t 0 ] || cat >> {tmp_path}/heard\n'
+    )
+    program.chmod(0o755)
+    return program
+
+
+def hear(listener: Path, script: Path, *arguments: str, **variables: str) -> tuple[list[str], list[list[str]]]:
+    """(arguments of each call of the interpreter, the words of each line piped into it)."""
+    subprocess.run(
+        ["bash", str(script), *arguments], check=True, cwd="/", stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHON": str(listener), **variables},
+    )  # fmt: skip
+    heard = (listener.parent / "heard").read_text().splitlines()
+    calls = [line.removeprefix("ARGS ") for line in heard if line.startswith("ARGS ")]
+    return calls, [shlex.split(line) for line in heard if not line.startswith("ARGS ")]
+
+
+def parse(words: list[str], root: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.chdir(root)  # lines name configs relative to the repository
+    flags = words[words.index("ViT_imagenet.main") + 1 :]
+    return parse_config(Config, [*flags, "--output_dir=x"], prog="ViT_imagenet.main")
+
+
+def test_run(listener: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, _ = hear(
+        listener,
+        root / "ViT_imagenet/run.sh",
+        "--scale",
+        "0.1",
+        "--depth",
+        "24",
+        CONFIG="imagenet100_tiny",
+        PROCESSES="4",
+    )
+    (call,) = calls
+    assert call.startswith("-m torch.distributed.run --standalone --nproc-per-node=4 -m ViT_imagenet.main")
+    config = parse(call.split(), root, monkeypatch)
+    assert (config.depth, config.scale, config.data_set) == (24, 0.1, "IMNET100")
+    (plain,) = hear(listener, root / "ViT_imagenet/run.sh", "--norm", "layer")[0][1:]
+    assert plain.startswith("-m ViT_imagenet.main --config ViT_imagenet/configs/cifar10_cpu.yaml --output_dir out/vit/")
+
+
+def test_baselines(listener: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = root / "ViT_imagenet/run_different_baselines.sh"
+    calls, lines = hear(
+        listener, script, "--dry-run", SEEDS="0 1", SCALES="vanilla 0.1", FLAGS="--data-path /d", JOBS="3"
+    )
+    assert calls == ["-m repro.sweep --results out/vit/imagenet100_tiny --jobs 3 --cluster local --dry-run"]
+    configs = [parse(words, root, monkeypatch) for words in lines]
+    assert {(c.depth, c.norm, c.scale, c.seed) for c in configs} == {
+        (depth, norm, scale, seed)
+        for depth in (12, 16, 24)
+        for norm, scale in (("layer", None), ("contra", 0.1))
+        for seed in (0, 1)
+    }
+    assert len(configs) == 12
+    assert {c.data_path for c in configs} == {"/d"}
+
+
+def test_table2(listener: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = root / "scripts/reproduce_table2.sh"
+    calls, lines = hear(
+        listener,
+        script,
+        "--gpus",
+        "4",
+        IMAGENET="/i",
+        CLASS_LIST="/c",
+        PROCESSES="4",
+        CLUSTER="slurm",
+        SCALES="vanilla 0.1",
+    )
+    assert calls == ["-m repro.sweep --results results/table2/runs --jobs 2 --cluster slurm --gpus 4"] * 4
+    configs = [parse(words, root, monkeypatch) for words in lines]
+    assert len(configs) == 4 * 3 * 2
+    assert all(words[:3] == ["torchrun", "--standalone", "--nproc-per-node=4"] for words in lines)
+    assert {(c.model, c.data_set, c.class_list, c.data_path) for c in configs} == {
+        (f"deit_{size}_patch16_224", data_set, listed, "/i")
+        for size in ("tiny", "small")
+        for data_set, listed in (("IMNET100", "/c"), ("IMNET", None))
+    }
+
+
+def test_every_line_of_every_script_trains(
+    listener: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step per line on eight images, each line's own flags otherwise; depth and image side cut to size."""
+    datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)).save(buffer, format="JPEG")
+    names = [f"n{i:03}" for i in range(100)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    for split in ("train", "validation"):
+        rows = {"image": [{"bytes": buffer.getvalue(), "path": None}] * 8, "label": list(range(8))}
+        path = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path))
+    everything = {"DEPTHS": "1", "SCALES": "vanilla 0.1", "SEEDS": "0"}
+    hear(
+        listener,
+        root / "scripts/reproduce_table2.sh",
+        **everything,
+        CONFIGS="imagenet100_tiny imagenet1k_small cifar10_cpu",
+    )
+    _, lines = hear(
+        listener, root / "ViT_imagenet/run_different_baselines.sh", **everything, CONFIG="tiny_imagenet100_cpu"
+    )
+    assert len(lines) == 8
+    monkeypatch.chdir(root)
+    for number, words in enumerate(lines):
+        AcceleratorState._reset_state(reset_partial_state=True)  # of the line before: one precision per process
+        main(
+            [*words[3:], f"--data-path={tmp_path / 'data'}", "--epochs=1", "--batch_size=8", "--num_workers=0", "--cpu",
+             "--input_size=32", "--max_train_samples=8", f"--output_dir={tmp_path / str(number)}"]
+        )  # fmt: skip
+        record = json.loads((tmp_path / str(number) / "record.json").read_text())
+        assert record["metrics"]["test_images"] == 8
+    AcceleratorState._reset_state(reset_partial_state=True)
