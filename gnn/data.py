@@ -1,0 +1,292 @@
+"""Graphs: from checked local files, else by download, else embedded; never anything written next to raw files.
+
+PyG's own readers do the reading, in a temporary folder that holds a copy of the raw files. Every copy is compared with
+the recorded sha256 (`checksums.yaml`) before PyG opens it, because Planetoid's raw files are pickles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import pickletools
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gnn.pyg import Actor, CitationFull, Coauthor, Data, Planetoid, WebKB, WikipediaNetwork
+from repro.config import load_yaml
+from repro.errors import UserError
+
+SPLIT_SEED = 0  # of the sets that come without a split: a property of the data, not of a run
+TRAIN_PER_CLASS = 20
+VALIDATION_NODES = 500
+
+
+@dataclass
+class Graph:
+    """One graph with labels and three disjoint sets of nodes; C classes, N nodes, E directed edges."""
+
+    name: str
+    x: Tensor  # (N, F) raw features, float32
+    y: Tensor  # (N,) labels in 0..C-1
+    edge_index: Tensor  # (2, E) node numbers, as in the raw files (possibly directed)
+    train: Tensor  # (N,) bool
+    validation: Tensor  # (N,) bool
+    test: Tensor  # (N,) bool, the data set's own test nodes
+
+    @property
+    def classes(self) -> int:
+        """C."""
+        return int(self.y.max()) + 1
+
+    def test_nodes(self, protocol: str) -> Tensor:
+        """(N,) bool: the nodes on which `protocol` tests."""
+        return ~(self.train | self.validation) if protocol == "reference" else self.test
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set is below `graphs/` and which PyG class reads it."""
+
+    reader: Any  # a class of torch_geometric.datasets
+    root: str  # PyG's root folder
+    raw: str  # the raw folder below it
+    arguments: tuple[tuple[str, Any], ...] = ()
+    downloads: bool = True
+
+
+_WIKI = ("geom_gcn_preprocess", True)
+SOURCES = {
+    "cora": Source(Planetoid, "planetoid", "Cora/raw", (("name", "Cora"),)),
+    "citeseer": Source(Planetoid, "planetoid", "CiteSeer/raw", (("name", "CiteSeer"),)),
+    "pubmed": Source(Planetoid, "planetoid", "PubMed/raw", (("name", "PubMed"),)),
+    "chameleon": Source(WikipediaNetwork, "wikipedia", "chameleon/geom_gcn/raw", (("name", "chameleon"), _WIKI)),
+    "squirrel": Source(WikipediaNetwork, "wikipedia", "squirrel/geom_gcn/raw", (("name", "squirrel"), _WIKI)),
+    "texas": Source(WebKB, "webkb", "texas/raw", (("name", "texas"),)),
+    "wisconsin": Source(WebKB, "webkb", "wisconsin/raw", (("name", "wisconsin"),)),
+    "cornell": Source(WebKB, "webkb", "cornell/raw", (("name", "cornell"),)),
+    "actor": Source(Actor, "actor", "raw"),
+    # The recorded files hold the same arrays as the authors', in plain .npz containers; no checksum of the latter.
+    "dblp": Source(CitationFull, "citationfull", "dblp/raw", (("name", "DBLP"),), downloads=False),
+    "coauthor_cs": Source(Coauthor, "coauthor", "CS/raw", (("name", "CS"),), downloads=False),
+}
+
+
+def load_graph(name: str, data_root: str | Path, *, split: int | None = None) -> Graph:
+    """Load one graph.
+
+    Args:
+        name: a key of `SOURCES`, or "digits".
+        data_root: folder with `graphs/...`, only read.
+        split: which of ten splits; None is 0 where there are ten.
+
+    Raises:
+        UserError: files missing, changed or damaged, no download possible, or a graph that makes no sense.
+    """
+    if name == "digits":
+        data = digits()
+    elif name in SOURCES:
+        data = _read(name, Path(data_root))
+    else:
+        raise UserError(f"unknown data set {name!r}: there are {', '.join([*SOURCES, 'digits'])}")
+    return as_graph(name, data, split)
+
+
+def as_graph(name: str, data: Data, split: int | None = None) -> Graph:
+    """Check a PyG graph and choose its split.
+
+    Raises:
+        UserError: NaN or infinite features, an edge to a missing node, wrong lengths, overlapping or empty node sets.
+    """
+    n = data.x.shape[0]
+    if not torch.isfinite(data.x).all():
+        row = int((~torch.isfinite(data.x)).any(dim=1).nonzero()[0])
+        raise UserError(f"{name}: the features of node {row} hold NaN or infinity: repair the raw file")
+    outside = (data.edge_index < 0) | (data.edge_index >= n)
+    if outside.any():
+        a, b = data.edge_index[:, int(outside.any(dim=0).nonzero()[0])].tolist()
+        raise UserError(f"{name}: the edge {a} - {b} leads to a missing node (there are 0 to {n - 1})")
+    if data.y.shape != (n,) or int(data.y.min()) < 0:
+        raise UserError(f"{name}: labels must be {n} numbers from 0 on, got {tuple(data.y.shape)}, min {data.y.min()}")
+    if "train_mask" not in data:
+        data.train_mask, data.val_mask, data.test_mask = random_split(data.y)
+    masks = [data.train_mask, data.val_mask, data.test_mask]
+    masks = [m[:, split or 0] if m.dim() == 2 else m for m in masks]
+    if any(m.shape != (n,) for m in masks) or int(sum(m.int() for m in masks).max()) > 1:
+        raise UserError(f"{name}: train, validation and test must be disjoint sets of the {n} nodes")
+    for mask, what in zip(masks, ("training", "validation", "test"), strict=True):
+        if not mask.any():
+            raise UserError(f"{name}: there is no {what} node")
+    return Graph(name, data.x, data.y, data.edge_index, *masks)
+
+
+def random_split(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """20 training nodes per class, 500 validation nodes, the rest test: three (N,) masks, the same in every run."""
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    train = torch.zeros(len(y), dtype=torch.bool)
+    for label in y.unique():
+        train[order[y[order] == label][:TRAIN_PER_CLASS]] = True
+    rest = order[~train[order]]
+    validation = torch.zeros_like(train)
+    validation[rest[:VALIDATION_NODES]] = True
+    return train, validation, ~(train | validation)
+
+
+@cache
+def digits() -> Data:
+    """scikit-learn's 1,797 handwritten digits as a symmetric 10-nearest-neighbour graph of their 64 pixels."""
+    from sklearn.datasets import load_digits
+    from sklearn.neighbors import kneighbors_graph
+
+    pixels, labels = load_digits(return_X_y=True)
+    near = kneighbors_graph(pixels, n_neighbors=10)
+    edges = np.stack((near + near.T).nonzero())
+    return Data(
+        x=torch.from_numpy(pixels).float(),
+        y=torch.from_numpy(labels).long(),
+        edge_index=torch.from_numpy(edges).long(),
+    )
+
+
+def erase_features(x: Tensor, train: Tensor, percent: float, seed: int) -> Tensor:
+    """Set the features of a random `percent` of the nodes outside `train` to zero."""
+    outside = (~train).nonzero().squeeze(1)
+    order = torch.randperm(len(outside), generator=torch.Generator().manual_seed(seed))
+    chosen = outside[order[: int(len(outside) * percent / 100)]]
+    x = x.clone()
+    x[chosen] = 0
+    return x
+
+
+def row_normalize(x: Tensor) -> Tensor:
+    """Features divided by their row sum + 1e-6."""
+    return x / (x.sum(dim=1, keepdim=True) + 1e-6)
+
+
+def homophily(graph: Graph) -> float:
+    """Share of the edges that join nodes of one class."""
+    a, b = graph.edge_index
+    return float((graph.y[a] == graph.y[b]).float().mean())
+
+
+# -- raw files --------------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: $XDG_CACHE_HOME/contranorm, else ~/.cache/contranorm."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "contranorm"
+
+
+@cache
+def checksums() -> dict[str, str]:
+    """Path below the data root → sha256 of the only file that is accepted there."""
+    recorded: dict[str, str] = load_yaml(Path(__file__).parent / "checksums.yaml")
+    return recorded
+
+
+def verify(path: Path, recorded_as: str) -> None:
+    """Compare a file with its recorded sha256.
+
+    PubMed has no recorded sums: its pickles are instead scanned, without running them, for anything but arrays.
+
+    Raises:
+        UserError: the file is not the recorded one, or not known.
+    """
+    data = path.read_bytes()
+    expected = checksums().get(recorded_as)
+    if expected is None and "/PubMed/" in recorded_as:
+        if not path.name.endswith("test.index"):
+            _scan_pickle(data, recorded_as)
+    elif expected is None:
+        raise UserError(f"{recorded_as}: no sha256 is recorded for this file, so it is not read")
+    elif (found := hashlib.sha256(data).hexdigest()) != expected:
+        raise UserError(
+            f"{recorded_as}: truncated or changed (sha256 {found[:12]}…, recorded {expected[:12]}…, {len(data)} bytes): "
+            "fetch the original again"
+        )
+
+
+_HARMLESS = (
+    "copy_reg _reconstructor", "__builtin__ object", "__builtin__ list", "collections defaultdict",
+    "scipy.sparse.csr csr_matrix", "numpy ndarray", "numpy dtype", "numpy.core.multiarray _reconstruct",
+)  # fmt: skip
+
+
+def _scan_pickle(data: bytes, name: str) -> None:
+    """Refuse a pickle that refers to anything but NumPy and SciPy arrays and plain containers."""
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            refers = opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")
+            if refers and argument not in _HARMLESS:
+                raise UserError(f"{name}: a pickle that refers to {argument!r}, which no graph file does: not read")
+    except ValueError as error:
+        raise UserError(f"{name}: not a whole pickle ({error}): fetch the original again") from error
+
+
+def _read(name: str, data_root: Path) -> Data:
+    source = SOURCES[name]
+    below = f"graphs/{source.root}/{source.raw}"
+    places = [data_root / below, cache_folder() / below]
+    local = next((p for p in places if p.is_dir()), None)
+    if local is None and not source.downloads:
+        raise UserError(f"{name}: no folder {places[0]}; set --data_root to a copy (see gnn/README.md for its files)")
+
+    class Checked(source.reader):  # type: ignore[misc]
+        """The PyG reader, fed with a checked copy of the raw files."""
+
+        def download(self) -> None:
+            if local is None:
+                print(f"downloading {name} (not in {places[0]} or {places[1]})")
+                super().download()
+                return
+            for file in map(Path, self.raw_paths):
+                try:
+                    shutil.copyfile(local / file.name, file)
+                except FileNotFoundError as error:
+                    raise UserError(f"{local / file.name}: missing: fetch it, or remove the folder") from error
+
+        def process(self) -> None:
+            for file in map(Path, self.raw_paths):
+                verify(file, f"{below}/{file.name}")
+            super().process()
+
+    with tempfile.TemporaryDirectory(prefix="contranorm-") as folder:
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # PyG's "Processing..."
+                dataset = Checked(str(Path(folder) / source.root), **dict(source.arguments))
+        except UserError:
+            raise
+        except Exception as error:  # whatever PyG or the network says becomes the one line
+            what = "could not be downloaded" if local is None else f"{local} is not readable"
+            raise UserError(f"{name}: {what}: {error or type(error).__name__}") from error
+        if local is None:
+            _keep(Path(dataset.raw_dir), places[1])
+        return dataset[0]
+
+
+def _keep(downloaded: Path, place: Path) -> None:
+    """Move downloaded raw files to the cache in one step: another process sees none or all of them."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=".part-", dir=place.parent))
+    shutil.copytree(downloaded, part, dirs_exist_ok=True)
+    try:
+        part.rename(place)
+    except OSError:  # the other process was first, with the same files
+        shutil.rmtree(part)
+
+
+def features(graph: Graph, *, missing_rate: float, seed: int) -> Tensor:
+    """(N, F) model input: erased where asked, then row-normalized."""
+    x = graph.x
+    if missing_rate:
+        x = erase_features(x, graph.train, missing_rate, seed)
+    return row_normalize(x)
