@@ -1,9 +1,9 @@
 """A cell of a sweep: one command line, one run folder, and what the files in that folder say about it.
 
-    line  →  argv + folder  →  run_cell: lock, child process, log.txt, cell.json  →  record.json, written by the run itself
+    line  →  argv + folder  →  CellRunner: lock, child process, log.txt, cell.json  →  the run's own record.json
 
-Whether a cell is done is decided by its record alone; cell.json tells how the last try went. Nothing here imports torch,
-so that a sweep of a thousand cells starts in no time.
+Whether a cell is done is decided by its record alone; cell.json tells how the last try went. Nothing here imports
+torch, so that a sweep of a thousand cells starts in no time.
 """
 
 from __future__ import annotations
@@ -320,7 +320,7 @@ class CellRunner:
             with open(folder / "log.txt", "ab") as log:
                 log.write(f"# try {details['tries']} at {details['started']} on {details['host']}\n".encode())
                 log.flush()
-                # The child holds the lock too: should this process be killed, the cell stays taken until the child ends.
+                # The child holds the lock too: should this process be killed, the cell stays taken while it lives.
                 self._child = subprocess.Popen(
                     self.cell.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                     env=self._child_environment(), pass_fds=[lock.fileno()], start_new_session=True,
@@ -349,7 +349,7 @@ class CellRunner:
         return environment
 
     def _forward_signals(self) -> None:
-        """SIGTERM and SIGINT go to the child, which saves and leaves. (Threads of a sweep cannot set handlers.)"""
+        """SIGTERM and SIGINT go to the child, which saves and leaves; in a thread (`--cluster none`) this is void."""
         try:
             for signum in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(signum, self._on_signal)

@@ -146,7 +146,7 @@ class Sweep:
 
     def _start_some(self) -> None:
         """Fill the free places; a cell that another sweep is running goes to the back of the line."""
-        chosen = []
+        chosen: list[Cell] = []
         for _ in range(len(self._waiting)):
             if len(self._flying) + len(chosen) >= self.launcher.capacity:
                 break
@@ -247,7 +247,7 @@ def _report(sweep: Sweep, seconds: float, jobs: int) -> int:
     if sweep.own:
         work = sum(sweep.own.values())
         print(
-            f"{len(sweep.own)} cells, {jobs} side by side, took {seconds:.1f} s; their own times add up to {work:.1f} s "
+            f"{len(sweep.own)} cells, {jobs} side by side, took {seconds:.1f} s; their times add up to {work:.1f} s "
             f"(speed-up {work / seconds:.2f})",
             file=sys.stderr,
         )
