@@ -1,0 +1,168 @@
+"""Figures from records: a metric against depth, and the collapse metrics of every layer.
+
+Example: python -m repro.figures --records results/table3/runs --kind depth --output results/table3/depth.png
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import pandas as pd
+
+from repro.config import parse_config
+from repro.errors import UserError, run_main
+from repro.records import load_records
+from repro.tables import aggregate, label_order, prepare
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend first: no display is needed)
+from matplotlib.axes import Axes  # noqa: E402
+
+# Okabe and Ito's palette, told apart also without colour vision; markers and dashes say the same once more.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = "osD^vPX*"
+DASHES = ("-", "--", "-.", ":")
+# Collapse metric → axis label with its unit, and the value that means collapsed (None: it depends on the scale).
+COLLAPSE: dict[str, tuple[str, float | None]] = {
+    "mean_cosine": ("mean cosine similarity of rows", 1.0),
+    "effective_rank": ("effective rank (dimensions)", 1.0),
+    "variance": ("feature variance (squared feature units)", 0.0),
+}
+
+
+@dataclass
+class Config:
+    """What to draw."""
+
+    records: list[str] | str = field(default_factory=list)
+    """A folder, file (record.json, records.jsonl) or glob pattern; several as `--records '[a, b]'`."""
+    output: str = "figure.png"
+    """The file; its ending chooses the format (png, pdf, svg)."""
+    kind: Literal["depth", "collapse"] = "depth"
+    """depth: the metric against the depth; collapse: the collapse metrics of every layer (runs with a probe)."""
+    metric: str = "test_accuracy"
+    """What `depth` draws; a fraction, shown in percent."""
+    x: str = "nlayer"
+    """The config field on the horizontal axis of `depth`; its values are the curves' points."""
+    label: str = "norm"
+    """The field whose values are the curves."""
+    where: dict[str, str] = field(default_factory=dict)
+    """Keep only runs whose config fields have these values: `--where '{data: cora, nlayer: "16"}'`."""
+    title: str = ""
+    """Printed above the figure."""
+
+    def __post_init__(self) -> None:
+        if not self.records:
+            raise ValueError("--records is missing: name a folder of runs")
+        if Path(self.output).suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise ValueError(f"--output {self.output}: the ending must be .png, .pdf or .svg")
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": DASHES[index // len(COLOURS) % len(DASHES)],
+        "markersize": 5,
+    }
+
+
+def draw_depth(frame: pd.DataFrame, settings: list[str], config: Config, axes: Axes) -> None:
+    """Mean of the metric per depth, one curve per label, with one standard deviation either way."""
+    cells = aggregate(frame, [config.label, config.x], config.metric, settings)
+    for index, label in enumerate(label_order(cells, config.label)):
+        line = cells[cells[config.label] == label].sort_values(config.x)
+        spread = line["std"].fillna(0) * 100
+        axes.errorbar(line[config.x], line["mean"] * 100, yerr=spread, label=label, capsize=2, **_style(index))
+    depths = sorted(cells[config.x].unique())
+    if depths[0] > 0:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(depths, [str(d) for d in depths])
+    axes.minorticks_off()
+    axes.set_xlabel("depth (layers)" if config.x in ("nlayer", "depth") else config.x)
+    axes.set_ylabel(f"{config.metric.replace('_', ' ')} (%)")
+
+
+def draw_collapse(frame: pd.DataFrame, settings: list[str], config: Config, axes: list[Axes]) -> None:
+    """Each collapse metric against the layer, one curve per label: the mean over seeds."""
+    key = next((k for k in ("collapse", "record.probe") if k in frame), "")
+    probed = frame[frame[key].map(lambda v: isinstance(v, dict))] if key else frame.iloc[:0]
+    if probed.empty:
+        raise UserError("no record holds collapse metrics: run the cells with --probe")
+    for index, label in enumerate(label_order(probed, config.label)):
+        runs = [_by_layer(run) for run in probed[probed[config.label] == label][key]]
+        mean = pd.concat(runs).groupby("layer").mean()
+        if len({len(run) for run in runs}) > 1:
+            raise UserError(f"{label}: runs of different depth in one curve: choose with --where '{{{config.x}: ...}}'")
+        for panel, name in zip(axes, COLLAPSE, strict=True):
+            if name in mean:
+                panel.plot(mean.index, mean[name], label=label, **_style(index))
+    for panel, (text, collapsed) in zip(axes, COLLAPSE.values(), strict=True):
+        panel.set_xlabel("layer")
+        panel.set_ylabel(text)
+        if collapsed is not None:
+            panel.axhline(collapsed, color="#999999", linewidth=0.8, zorder=0)
+    axes[-1].set_yscale("symlog", linthresh=1e-6)
+
+
+def _by_layer(lists: dict[str, list[Any]]) -> pd.DataFrame:
+    """One row per layer; layers are counted from 1 where the record does not number them."""
+    table = pd.DataFrame(lists).apply(pd.to_numeric, errors="coerce")
+    if "layer" not in table:
+        table["layer"] = range(1, len(table) + 1)
+    return table
+
+
+def draw(config: Config) -> Path:
+    """Draw the figure; returns its path.
+
+    Raises:
+        UserError: records are missing, damaged, mixed, or lack what is to be drawn.
+    """
+    frame, settings = prepare(load_records(config.records))
+    for name in [config.label, *config.where]:
+        if name not in frame:
+            raise UserError(f"{name}: no config field of these records")
+    for name, wanted in config.where.items():
+        frame = frame[frame[name].map(str) == str(wanted)]
+    if frame.empty:
+        raise UserError("no record is left after --where")
+    panels = 1 if config.kind == "depth" else len(COLLAPSE)
+    figure, grid = plt.subplots(1, panels, figsize=(6.5 if panels == 1 else 4.2 * panels, 4.2), squeeze=False)
+    try:
+        axes = list(grid[0])
+        if config.kind == "depth":
+            draw_depth(frame, settings, config, axes[0])
+        else:
+            draw_collapse(frame, settings, config, axes)
+        for panel in axes:
+            panel.grid(alpha=0.3)
+            panel.spines[["top", "right"]].set_visible(False)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+        figure.suptitle(config.title)
+        figure.set_layout_engine("constrained")
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(config.output, dpi=160, metadata=_undated(config.output))
+    finally:
+        plt.close(figure)
+    return Path(config.output)
+
+
+def _undated(output: str) -> dict[str, Any]:
+    """The same records give the same file, byte for byte: no creation date in it."""
+    return {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(Path(output).suffix.lower(), {})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    config = parse_config(Config, argv, prog="python -m repro.figures", description=__doc__ or "")
+    print(f"wrote {draw(config)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_main(main)
