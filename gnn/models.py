@@ -70,7 +70,7 @@ def dropout(x: Tensor | Sparse, rate: float, training: bool) -> Tensor | Sparse:
 
 
 def dense(x: Tensor | Sparse) -> Tensor:
-    """x as a dense tensor."""
+    """X as a dense tensor."""
     return x.to_dense() if isinstance(x, Sparse) else x
 
 

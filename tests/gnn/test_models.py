@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from contranorm import GraphContraNorm
 from gnn.config import Config, ModelName, NormName
 from gnn.data import as_graph, row_normalize
-from gnn.models import DeepGCN, Layer, SGC, Adjacency, build_model, describe
+from gnn.models import SGC, Adjacency, DeepGCN, Layer, build_model, describe
 from gnn.pyg import MessageNorm
 from gnn.sparse import Sparse
 
