@@ -1,4 +1,4 @@
-"""Where in a transformer layer ContraNorm can stand: names, the reference's digits, and the module that stands there."""
+"""Where ContraNorm can stand in a transformer layer: names, the reference's digits, and the module that stands there."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Sites(nn.ModuleDict):
         super().__init__({site: ContraNormSite(config) for site in config.sites})
 
     def forward(self, site: str, x: Tensor, token_mask: Tensor | None) -> Tensor:
-        """x after the named site; (B, N, D)."""
+        """The features after the named site; (B, N, D)."""
         if site not in SITES:
             raise KeyError(site)
         return self[site](x, token_mask) if site in self else x
