@@ -116,7 +116,7 @@ def _check_fit(
     vanilla: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, config: Config, task: Task, name: str
 ) -> None:
     """Refuse what would otherwise end in an index error, or in a head of the wrong size."""
-    if config.max_length > vanilla.max_position_embeddings:
+    if (config.max_length or 0) > vanilla.max_position_embeddings:
         limit = vanilla.max_position_embeddings
         raise UserError(f"--max_length {config.max_length}: {name} has {limit} positions")
     if len(tokenizer) > vanilla.vocab_size:

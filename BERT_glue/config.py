@@ -56,8 +56,9 @@ class Config:
     """Use fewer layers than the checkpoint has (ALBERT, which shares its layers: also more)."""
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     """Attention backend; eager is the one that can return attention maps."""
-    max_length: int = 128
-    """Longest input in tokens, longer ones are cut; the paper's value."""
+    max_length: int | None = None
+    """Longest input in tokens, longer ones are cut; by default the paper's 128, or what a model with
+    fewer positions can take."""
     pad_to_max_length: bool = False
     """Pad every input to --max_length in place of the longest of its batch: slower, all shapes equal."""
     per_device_train_batch_size: int = 32

@@ -219,16 +219,24 @@ def _check_labels(rows: Dataset, count: int, where: str) -> None:
         raise UserError(f"{where}: labels that are not finite numbers")
 
 
-def tokenize(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, config: Config) -> Dataset:
+def tokenize(
+    rows: Dataset,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    pad: bool = False,
+    workers: int = 1,
+) -> Dataset:
     """Rows of input_ids, attention_mask, token_type_ids and, where the rows have them, labels.
 
     The result is cached under a fingerprint of the rows, the tokenizer and the settings: a second run reads it.
     """
-    padding = "max_length" if config.pad_to_max_length else False
+    padding = "max_length" if pad else False
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [batch[name] for name in task.sentences]
-        encoded = tokenizer(*texts, truncation=True, max_length=config.max_length, padding=padding)
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=padding)
         columns = dict(encoded)
         if "label" in batch:
             columns["labels"] = batch["label"]
@@ -236,8 +244,7 @@ def tokenize(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, conf
 
     definition = getattr(tokenizer, "backend_tokenizer", None)
     definition = definition.to_str() if definition is not None else sorted(tokenizer.get_vocab().items())
-    fingerprint = Hasher.hash((rows._fingerprint, definition, task.sentences, config.max_length, padding))
-    workers = config.preprocessing_num_workers
+    fingerprint = Hasher.hash((rows._fingerprint, definition, task.sentences, max_length, padding))
     return rows.map(
         encode,
         batched=True,

@@ -9,14 +9,17 @@ Example:
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader
 
@@ -30,24 +33,33 @@ from repro.errors import UserError, run_main
 from repro.run import Run
 from repro.seeding import seed_everything
 
+PAPER_MAX_LENGTH = 128
+
 
 def make_accelerator(config: Config) -> Accelerator:
     """One process or, under torchrun, several; the order of examples is the same either way."""
+    trackers = [] if config.report_to == "none" else config.report_to.split(",")
+    installed = {str(kind) for kind in get_available_trackers()}
+    if not installed.issuperset(trackers):
+        there = ", ".join(sorted(installed)) or "no tracker"
+        raise UserError(f"--report_to {config.report_to}: not installed (found: {there}); pip install it, or say none")
     try:
         accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # without it torchrun's processes ignore each other on CPUs
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
-            log_with=None if config.report_to == "none" else config.report_to.split(","),
+            log_with=trackers or None,
             project_dir=config.output_dir,
         )
     except ValueError as error:
         raise UserError(
             f"--mixed_precision {config.mixed_precision}, --report_to {config.report_to}: {error}"
         ) from error
-    missing = set(config.report_to.split(",")) - {"none", "all"} - {str(kind) for kind in accelerator.log_with}
-    if missing:
-        raise UserError(f"--report_to {missing.pop()}: this tracker is not installed")
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise UserError(
+            f"started as one of {os.environ['WORLD_SIZE']} processes that do not find each other; use torchrun"
+        )
     return accelerator
 
 
@@ -61,10 +73,12 @@ def prepare(config: Config, accelerator: Accelerator) -> Job:
         splits = load_splits(config)
         seed_everything(config.seed)  # the head's first weights
         model, tokenizer = load_backbone(config, splits.task)
+        length = config.max_length or min(PAPER_MAX_LENGTH, model.config.max_position_embeddings)
 
         def loader(rows: datasets.Dataset, *, train: bool = False) -> DataLoader[Any]:
             size = config.per_device_train_batch_size if train else config.per_device_eval_batch_size
-            encoded = tokenize(rows, splits.task, tokenizer, config)
+            workers, pad = config.preprocessing_num_workers, config.pad_to_max_length
+            encoded = tokenize(rows, splits.task, tokenizer, length, pad=pad, workers=workers)
             bucket = train and config.group_by_length
             return make_loader(encoded, tokenizer, size, seed=config.seed, shuffle=train, group_by_length=bucket)
 

@@ -1,4 +1,4 @@
-"""Where ContraNorm can stand in a transformer layer: names, the reference's digits, and the module that stands there."""
+"""Where ContraNorm can stand in a transformer layer: names, the reference's digits, and the module for it."""
 
 from __future__ import annotations
 

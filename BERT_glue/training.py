@@ -195,7 +195,7 @@ class Trainer:
         return {
             "model": self.accelerator.unwrap_model(self.model).state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": {"last_epoch": self.scheduler.last_epoch, "_last_lr": self.scheduler.get_last_lr()},
+            "scheduler": self.scheduler.state_dict(),
             "progress": progress,
             "processes": gather_object([mine]),
         }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pandas as pd
 import pytest
 import torch
@@ -29,7 +31,18 @@ TINY: dict[str, Any] = {
     "max_position_embeddings": 64,
     "initializer_range": 0.3,  # large enough that every site matters in the logits
 }
-VANILLA = {"bert": (BertConfig, BertForSequenceClassification), "albert": (AlbertConfig, AlbertForSequenceClassification)}
+VANILLA = {
+    "bert": (BertConfig, BertForSequenceClassification),
+    "albert": (AlbertConfig, AlbertForSequenceClassification),
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Converted and tokenized rows go to a folder of this test session, here and in processes it starts."""
+    cache = str(tmp_path_factory.mktemp("datasets"))
+    datasets.config.HF_DATASETS_CACHE = Path(cache)
+    os.environ["HF_DATASETS_CACHE"] = cache
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +70,8 @@ def vanilla() -> Any:
 
 def write_backbone(folder: Path, architecture: str, **changes: Any) -> Path:
     """A checkpoint folder with weights and a word-piece tokenizer."""
-    make_vanilla(architecture, **({"initializer_range": 0.05} | changes)).save_pretrained(folder)
+    changes = {"initializer_range": 0.05, "max_position_embeddings": 128} | changes
+    make_vanilla(architecture, **changes).base_model.save_pretrained(folder)  # no head: fine-tuning makes its own
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
     return folder

@@ -53,7 +53,7 @@ def batch(lengths: tuple[int, ...] = (9, 5, 2), width: int | None = None) -> dic
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
 
-# -- an independent ContraNorm, sentence by sentence, and the places in the vanilla model where each site lies ----------
+# -- an independent ContraNorm, sentence by sentence, and the places in the vanilla model where each site lies --------
 
 
 def slow_contranorm(x: Tensor, mask: Tensor, *, s: float, tau: float, identity: bool, axis: str) -> Tensor:
@@ -276,7 +276,7 @@ def test_gradient_checkpointing_changes_no_gradient(vanilla: Any) -> None:
         torch.manual_seed(3)
         ours(**inputs).loss.backward()
         gradients.append([p.grad.clone() for p in ours.parameters()])
-    assert ours.is_gradient_checkpointing
+    assert ours.is_activation_checkpointing
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -284,7 +284,7 @@ def test_gradient_checkpointing_changes_no_gradient(vanilla: Any) -> None:
 def test_albert_has_no_gradient_checkpointing_like_its_parent(vanilla: Any) -> None:
     theirs = vanilla("albert")
     assert not theirs.supports_gradient_checkpointing
-    with pytest.raises(ValueError, match="does not support gradient checkpointing"):
+    with pytest.raises(ValueError, match="does not support activation checkpointing"):
         with_sites(theirs).activation_checkpointing_enable()
 
 
