@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,22 +166,24 @@ def _own_file(path: str) -> Dataset:
         raise UserError(f"{path}: own data must be .csv, .json or .jsonl")
     try:
         with open(path, encoding="utf-8") as file:
-            blank = all(not line.strip() for line in file)
+            filled = sum(1 for line in file if line.strip())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    if blank:
+    if filled == 0:
         raise UserError(f"{path}: the file is empty")
+    if kind == "csv" and filled == 1:
+        raise UserError(f"{path}: no rows below the header")
     return _load(kind, [path], path, **({"keep_default_na": False} if kind == "csv" else {}))
 
 
 def _load(kind: str, files: list[str], where: str, **options: Any) -> Dataset:
     try:
-        rows = load_dataset(kind, data_files={"rows": files}, split="rows", **options)
+        rows = load_dataset(kind, data_files={"rows": files}, **options).get("rows")
     except (DatasetGenerationError, ValueError, OSError) as error:
         raise UserError(f"{where}: not readable as {kind}: {_first_line(error.__cause__ or error)}") from error
-    if len(rows) == 0:
+    if not rows:
         raise UserError(f"{where}: no rows")
     return rows
 
@@ -242,9 +245,7 @@ def tokenize(
             columns["labels"] = batch["label"]
         return columns
 
-    definition = getattr(tokenizer, "backend_tokenizer", None)
-    definition = definition.to_str() if definition is not None else sorted(tokenizer.get_vocab().items())
-    fingerprint = Hasher.hash((rows._fingerprint, definition, task.sentences, max_length, padding))
+    fingerprint = Hasher.hash((rows._fingerprint, _definition(tokenizer), task.sentences, max_length, padding))
     return rows.map(
         encode,
         batched=True,
@@ -253,6 +254,14 @@ def tokenize(
         new_fingerprint=fingerprint,
         desc="tokenizing",
     )
+
+
+def _definition(tokenizer: PreTrainedTokenizerBase) -> object:
+    """What decides how a text is encoded, without the truncation and padding of the tokenizer's last call."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())
+    return {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
 
 
 class BucketSampler(Sampler[int]):

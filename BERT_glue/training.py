@@ -45,7 +45,6 @@ class Progress:
     epoch: int = 0
     batches: int = 0  # done in this epoch, per process
     step: int = 0  # optimizer steps done
-    loss_sum: float = 0.0  # over this epoch's batches in this process
     seconds: float = 0.0  # spent training in this epoch
     curve: list[dict[str, Any]] = field(default_factory=list)  # one line per epoch
     metrics: dict[str, float] = field(default_factory=dict)  # of the last epoch
@@ -109,6 +108,7 @@ class Trainer:
         self.total_steps = min(steps, config.max_train_steps or steps)
         self.scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.num_warmup_steps, self.total_steps)
         self.progress = Progress()
+        self.loss_sum = torch.zeros((), device=accelerator.device)  # over this epoch's batches in this process
         self.mark = time.monotonic()
 
     def train(self) -> dict[str, float]:
@@ -140,7 +140,7 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             p.batches += 1
-            p.loss_sum += loss.detach().item()
+            self.loss_sum += loss.detach()  # read once per epoch: a GPU is not waited for
             if self.accelerator.sync_gradients:
                 self.scheduler.step()
                 p.step += 1
@@ -162,15 +162,15 @@ class Trainer:
         """Evaluate, log, and checkpoint the beginning of the next epoch."""
         p = self.progress
         p.seconds += time.monotonic() - self.mark
-        sums = torch.tensor([p.loss_sum, p.batches], dtype=torch.float32, device=self.accelerator.device)
-        loss, batches = self.accelerator.reduce(sums, "sum").tolist()
+        loss = self.accelerator.reduce(self.loss_sum / p.batches, "mean").item()
         p.metrics = evaluate(self.model, self.job, self.accelerator)
-        line = {"epoch": p.epoch + 1, "step": p.step, "loss": loss / batches, "lr": self.scheduler.get_last_lr()[0]}
+        line = {"epoch": p.epoch + 1, "step": p.step, "loss": loss, "lr": self.scheduler.get_last_lr()[0]}
         line |= {**p.metrics, "train_seconds": round(p.seconds, 3)}
         p.curve.append(line)
         self.run.log(line)
         self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=p.step)
-        p.epoch, p.batches, p.loss_sum, p.seconds = p.epoch + 1, 0, 0.0, 0.0
+        p.epoch, p.batches, p.seconds = p.epoch + 1, 0, 0.0
+        self.loss_sum.zero_()
         self.mark = time.monotonic()
         self.save(self.stop_requested())
 
@@ -190,7 +190,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """All that decides how training goes on; each process adds its random generators and sums."""
         now = time.monotonic()
-        mine = {"rng": rng_state(), "loss_sum": self.progress.loss_sum}
+        mine = {"rng": rng_state(), "loss_sum": self.loss_sum.cpu()}
         progress = {**vars(self.progress), "seconds": self.progress.seconds + now - self.mark}
         return {
             "model": self.accelerator.unwrap_model(self.model).state_dict(),
@@ -215,5 +215,6 @@ class Trainer:
         self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.progress = Progress(**{**state["progress"], "loss_sum": mine["loss_sum"]})
+        self.progress = Progress(**state["progress"])
+        self.loss_sum.copy_(mine["loss_sum"])
         set_rng_state(mine["rng"])
