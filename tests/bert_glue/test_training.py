@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import BERT_glue as bg
 from BERT_glue import training
 from BERT_glue.data import TASKS
 from BERT_glue.run_glue_no_trainer import main as main_once
-from repro.errors import Interrupted
+from repro.errors import Interrupted, UserError
 from repro.run import Run
 
 
@@ -245,3 +246,35 @@ def test_trackers_get_the_curve(command: Any, tmp_path: Path, monkeypatch: Any) 
     monkeypatch.setattr("accelerate.accelerator.LOGGER_TYPE_TO_CLASS", {"tensorboard": Notebook})
     main(command(tmp_path / "run", "--report_to", "tensorboard", "--max_train_steps", "2"))
     assert [step for step, _ in logged] == [2] and "accuracy" in logged[0][1]
+
+
+@pytest.mark.slow
+def test_two_processes_resume_as_if_undisturbed(command: Any, tmp_path: Path, lines: Any) -> None:
+    """SIGTERM to torchrun in the middle: both processes save at the same step and leave, the same command goes on."""
+    more = [*SITE, "--num_train_epochs", "30", "--checkpointing_steps", "1"]
+    torchrun(command(tmp_path / "whole", *more))
+    arguments = command(tmp_path / "cut", *more)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen(
+        [*launcher, "-m", "BERT_glue.run_glue_no_trainer", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "cut" / "checkpoints").glob("step-*4")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    output, _ = process.communicate(timeout=100)
+    assert not (tmp_path / "cut" / "record.json").exists(), output.decode()[-2000:]
+    torchrun(arguments)
+    assert (tmp_path / "cut" / "record.json").exists()
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+def test_another_number_of_processes_is_refused(command: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    state = training.Trainer.state
+    monkeypatch.setattr(training.Trainer, "state", lambda self: state(self) | {"processes": [{}, {}]})
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish", lambda *a, **k: sys.exit(9))
+        with pytest.raises(SystemExit):
+            main(command(tmp_path / "run", "--max_train_steps", "1"))
+    with pytest.raises(UserError, match="was begun with 2 processes, this is 1"):
+        main(command(tmp_path / "run", "--max_train_steps", "1"))
