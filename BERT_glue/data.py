@@ -1,0 +1,317 @@
+"""GLUE tasks and own files: loaded, checked, tokenized, batched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+from torch.utils.data import DataLoader, Sampler
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from repro.errors import UserError
+
+if TYPE_CHECKING:
+    from BERT_glue.config import Config
+
+YES_NO = ("entailment", "not_entailment")
+THREE_WAY = ("entailment", "neutral", "contradiction")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: its columns of text, its labels (none: regression), its metrics, its files for the GLUE server."""
+
+    sentences: tuple[str, ...]
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+    server_files: dict[str, str] = field(default_factory=dict)
+    """Test split → name of the TSV file."""
+    server_names: bool = False
+    """The server wants label names in place of numbers."""
+    validation: dict[str, str] = field(default_factory=lambda: {"": "validation"})
+    """Suffix of the metrics → split."""
+
+
+def _single(labels: tuple[str, ...], file: str, *metrics: str) -> Task:
+    return Task(("sentence",), labels, metrics, {"test": file})
+
+
+def _pair(first: str, second: str, labels: tuple[str, ...], file: str, *metrics: str, names: bool = False) -> Task:
+    return Task((first, second), labels, metrics, {"test": file}, names)
+
+
+TASKS = {
+    "cola": _single(("unacceptable", "acceptable"), "CoLA", "matthews_correlation"),
+    "mnli": Task(
+        ("premise", "hypothesis"),
+        THREE_WAY,
+        ("accuracy",),
+        {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"},
+        True,
+        {"_matched": "validation_matched", "_mismatched": "validation_mismatched"},
+    ),
+    "mrpc": _pair("sentence1", "sentence2", ("not_equivalent", "equivalent"), "MRPC", "accuracy", "f1"),
+    "qnli": _pair("question", "sentence", YES_NO, "QNLI", "accuracy", names=True),
+    "qqp": _pair("question1", "question2", ("not_duplicate", "duplicate"), "QQP", "accuracy", "f1"),
+    "rte": _pair("sentence1", "sentence2", YES_NO, "RTE", "accuracy", names=True),
+    "sst2": _single(("negative", "positive"), "SST-2", "accuracy"),
+    "stsb": _pair("sentence1", "sentence2", (), "STS-B", "pearson", "spearmanr"),
+    "wnli": _pair("sentence1", "sentence2", ("not_entailment", "entailment"), "WNLI", "accuracy"),
+}
+
+
+@dataclass
+class Splits:
+    """What one run reads: raw text with a column `label` (int, or float for regression)."""
+
+    task: Task
+    train: Dataset | None
+    validation: dict[str, Dataset]
+    """Suffix of the metrics → rows."""
+    test: dict[str, Dataset]
+    """Name of the TSV file → rows."""
+
+
+def load_splits(config: Config) -> Splits:
+    """Read the splits that a run needs, from --data_root, the Hub, or own files.
+
+    Raises:
+        UserError: a missing split or file, text that is not UTF-8, no rows, no or impossible labels.
+    """
+    if config.task_name is None:
+        return _own_splits(config)
+    task = TASKS[config.task_name]
+    train = _glue_split(config, "train", task) if config.num_train_epochs > 0 else None
+    validation = {suffix: _glue_split(config, split, task) for suffix, split in task.validation.items()}
+    test = {}
+    if config.do_predict:
+        test = {file: _glue_split(config, split, task, labelled=False) for split, file in task.server_files.items()}
+        folder = Path(config.data_root) / "glue" / "ax"
+        if config.task_name == "mnli" and folder.is_dir():  # GLUE's diagnostic set is predicted by the MNLI model
+            test["AX"] = _glue_split(config, "test", task, labelled=False, name="ax")
+    return Splits(task, train, validation, test)
+
+
+def _glue_split(config: Config, split: str, task: Task, *, labelled: bool = True, name: str | None = None) -> Dataset:
+    name = name or str(config.task_name)
+    folder = Path(config.data_root) / "glue" / name
+    if folder.is_dir():
+        files = sorted(str(path) for path in folder.glob(f"{split}-*.parquet"))
+        if not files:
+            there = ", ".join(sorted({path.name.split("-")[0] for path in folder.glob("*.parquet")})) or "no split"
+            raise UserError(f"{folder}: task {name} has no {split} split there (found: {there}); add {split}-*.parquet")
+        rows = _load("parquet", files, str(folder))
+    else:
+        try:
+            rows = load_dataset("nyu-mll/glue", name, split=split)
+        except Exception as error:  # the Hub's client raises many kinds: offline, time-outs, proxies, missing files
+            raise UserError(
+                f"GLUE task {name} is neither in {folder} nor to be had from the Hugging Face Hub "
+                f"({type(error).__name__}: {_first_line(error)}); set --data_root"
+            ) from error
+    where = f"{folder} ({split})"
+    _check_columns(rows, task.sentences, where)
+    if labelled:
+        _check_labels(rows, len(task.labels), where)
+    return rows
+
+
+def _own_splits(config: Config) -> Splits:
+    """Own CSV or JSON files; integer or text labels are classes, fractional ones a regression."""
+    paths = {"train": config.train_file if config.num_train_epochs > 0 else None, "validation": config.validation_file}
+    raw = {split: _own_file(path) for split, path in paths.items() if path}
+    for split, rows in raw.items():
+        if "label" not in rows.column_names:
+            raise UserError(f"{paths[split]}: no column 'label' (found: {', '.join(rows.column_names)})")
+        if any(value is None or value == "" for value in rows["label"]):
+            raise UserError(f"{paths[split]}: rows without a label")
+    first = next(iter(raw.values()))
+    sentences = _text_columns(first)
+    reference = first["label"]
+    regression = all(isinstance(value, float) for value in reference)
+    names = () if regression else tuple(str(v) for v in sorted(set(reference)))
+    task = Task(sentences, names, ("pearson", "spearmanr") if regression else ("accuracy",))
+    for split, rows in raw.items():
+        where = str(paths[split])
+        _check_columns(rows, sentences, where)
+        if regression:
+            if not all(isinstance(value, (int, float)) for value in rows["label"]):
+                raise UserError(f"{where}: labels that are not numbers, where the training labels are")
+            raw[split] = rows.cast_column("label", Value("float32"))
+            _check_labels(raw[split], 0, where)
+            continue
+        foreign = sorted({str(value) for value in rows["label"]} - set(names))
+        if foreign:
+            raise UserError(f"{where}: label {foreign[0]!r} does not occur in the training data ({', '.join(names)})")
+        index = {name: number for number, name in enumerate(names)}
+        numbers = [index[str(value)] for value in rows["label"]]
+        raw[split] = rows.remove_columns("label").add_column("label", numbers)
+    test = {}
+    if config.do_predict and config.test_file:
+        test = {Path(config.test_file).stem: _own_file(config.test_file)}
+        _check_columns(next(iter(test.values())), sentences, config.test_file)
+    return Splits(task, raw.get("train"), {"": raw["validation"]}, test)
+
+
+def _own_file(path: str) -> Dataset:
+    kind = {".csv": "csv", ".json": "json", ".jsonl": "json"}.get(Path(path).suffix.lower())
+    if kind is None:
+        raise UserError(f"{path}: own data must be .csv, .json or .jsonl")
+    try:
+        with open(path, encoding="utf-8") as file:
+            filled = sum(1 for line in file if line.strip())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    if filled == 0:
+        raise UserError(f"{path}: the file is empty")
+    if kind == "csv" and filled == 1:
+        raise UserError(f"{path}: no rows below the header")
+    return _load(kind, [path], path, **({"keep_default_na": False} if kind == "csv" else {}))
+
+
+def _load(kind: str, files: list[str], where: str, **options: Any) -> Dataset:
+    try:
+        rows = load_dataset(kind, data_files={"rows": files}, **options).get("rows")
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        raise UserError(f"{where}: not readable as {kind}: {_first_line(error.__cause__ or error)}") from error
+    if not rows:
+        raise UserError(f"{where}: no rows")
+    return rows
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _text_columns(rows: Dataset) -> tuple[str, ...]:
+    """sentence1 and sentence2 where they are there, else the first one or two text columns."""
+    if {"sentence1", "sentence2"} <= set(rows.column_names):
+        return ("sentence1", "sentence2")
+    texts = [n for n in rows.column_names if n != "label" and rows.features[n].dtype in ("string", "large_string")]
+    if not texts:
+        raise UserError(f"no column of text (found: {', '.join(rows.column_names)})")
+    return tuple(texts[:2])
+
+
+def _check_columns(rows: Dataset, names: tuple[str, ...], where: str) -> None:
+    missing = [name for name in names if name not in rows.column_names]
+    if missing:
+        raise UserError(f"{where}: no column {missing[0]!r} (found: {', '.join(rows.column_names)})")
+    for name in names:
+        if any(value is None for value in rows[name]):
+            raise UserError(f"{where}: column {name!r} has rows without text")
+
+
+def _check_labels(rows: Dataset, count: int, where: str) -> None:
+    """Labels must be 0 … count - 1; finite numbers for regression (count 0)."""
+    if "label" not in rows.column_names:
+        raise UserError(f"{where}: no column 'label' (found: {', '.join(rows.column_names)})")
+    labels = torch.as_tensor(rows["label"][:])
+    if count and (labels.is_floating_point() or labels.min() < 0 or labels.max() >= count):
+        raise UserError(f"{where}: labels from {labels.min()} to {labels.max()}, the task has 0 to {count - 1}")
+    if not count and not labels.isfinite().all():
+        raise UserError(f"{where}: labels that are not finite numbers")
+
+
+def tokenize(
+    rows: Dataset,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    pad: bool = False,
+    workers: int = 1,
+) -> Dataset:
+    """Rows of input_ids, attention_mask, token_type_ids and, where the rows have them, labels.
+
+    The result is cached under a fingerprint of the rows, the tokenizer and the settings: a second run reads it.
+    """
+    padding = "max_length" if pad else False
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        texts = [batch[name] for name in task.sentences]
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=padding)
+        columns = dict(encoded)
+        if "label" in batch:
+            columns["labels"] = batch["label"]
+        return columns
+
+    fingerprint = Hasher.hash((rows._fingerprint, _definition(tokenizer), task.sentences, max_length, padding))
+    return rows.map(
+        encode,
+        batched=True,
+        remove_columns=rows.column_names,
+        num_proc=workers if workers > 1 else None,
+        new_fingerprint=fingerprint,
+        desc="tokenizing",
+    )
+
+
+def _definition(tokenizer: PreTrainedTokenizerBase) -> object:
+    """What decides how a text is encoded, without the truncation and padding of the tokenizer's last call."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())
+    return {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
+
+
+class BucketSampler(Sampler[int]):
+    """Every index once per epoch, examples of similar length side by side.
+
+    A random order is cut into chunks of `chunk` batches; each chunk is sorted by length, and its batches are shuffled.
+    The order depends on seed and epoch alone.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, chunk: int = 50) -> None:
+        self.lengths = torch.as_tensor(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.chunk = chunk
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order is next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator)
+        batches: list[torch.Tensor] = []
+        for piece in order.split(self.batch_size * self.chunk):
+            sorted_piece = piece[self.lengths[piece].argsort(descending=True, stable=True)]
+            batches += sorted_piece.split(self.batch_size)
+        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # the short batch stays the last one
+        shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        for batch in shuffled + last:
+            yield from batch.tolist()
+
+
+def make_loader(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, *, seed: int = 0, shuffle: bool = False,
+    group_by_length: bool = False,
+) -> DataLoader[Any]:  # fmt: skip
+    """Batches padded to their longest example. No global random generator is used or moved."""
+    generator = torch.Generator().manual_seed(seed)
+    sampler = None
+    if shuffle and group_by_length:
+        sampler = BucketSampler([len(ids) for ids in rows["input_ids"]], batch_size, seed)
+    return DataLoader(
+        rows,
+        batch_size=batch_size,
+        shuffle=shuffle and sampler is None,
+        sampler=sampler,
+        collate_fn=DataCollatorWithPadding(tokenizer),
+        generator=generator,
+    )

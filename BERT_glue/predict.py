@@ -1,0 +1,50 @@
+"""Predictions in the form that the GLUE server takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from BERT_glue.data import Task
+from repro.checkpoint import write_atomic
+
+
+def as_predictions(logits: Tensor, task: Task) -> Tensor:
+    """Class numbers (B,) from logits (B, classes), or scores (B,) from (B, 1) for regression."""
+    return logits.argmax(dim=-1) if task.labels else logits[:, 0].float()
+
+
+def tsv(predictions: Tensor, task: Task, file: str) -> str:
+    """The text of one file: a header, then index and prediction, counted from 0.
+
+    The server wants label names for entailment tasks, numbers for the others, and scores from 0 to 5 for STS-B. For
+    own data, classes are written by name.
+    """
+    lines = ["index\tprediction"]
+    for index, value in enumerate(predictions.tolist()):
+        if not task.labels:
+            value = f"{min(max(value, 0.0), 5.0):.3f}" if file == "STS-B" else f"{value:.6g}"
+        elif task.server_names or not task.server_files:
+            value = task.labels[value]
+        lines.append(f"{index}\t{value}")
+    return "\n".join(lines) + "\n"
+
+
+def write_predictions(folder: Path, predictions: dict[str, Tensor], task: Task) -> list[Path]:
+    """Write one TSV per test set.
+
+    Args:
+        folder: made if missing.
+        predictions: file name without .tsv → predictions (rows,).
+        task: gives labels their names.
+
+    Returns:
+        The files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, values in predictions.items():
+        files.append(folder / f"{name}.tsv")
+        write_atomic(files[-1], tsv(values, task, name).encode())
+    return files

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# GLUE with BERT: tasks x {vanilla, ContraNorm at several scales} x seeds, one command per line, through repro.sweep.
+#   bash BERT_glue/run_different_baselines.sh --dry-run
+#   MODEL=minilm TASKS="rte mrpc" SCALES="0.005 0.01" SEEDS="0 1 2" bash BERT_glue/run_different_baselines.sh
+# Done cells are skipped. Arguments go to repro.sweep.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON="${PYTHON:-python}"
+
+MODEL="${MODEL:-bert-base-uncased}"
+CONFIG="${CONFIG:-BERT_glue/configs/bert.yaml}"
+TASKS="${TASKS:-cola mnli mrpc qnli qqp rte sst2 stsb}"  # all but WNLI, as in the paper
+SCALES="${SCALES:-vanilla 0.005 0.01 0.05 0.1 0.2}"      # vanilla: no ContraNorm
+SITES="${SITES:-attention_sum}"                          # names separated by commas; --pos 7 of BERT, 4 of ALBERT
+SEEDS="${SEEDS:-2021}"
+FLAGS="${FLAGS:-}"                                       # appended to every line, e.g. "--include_padding"
+RESULTS="${RESULTS:-results/table1/runs}"
+
+cells() {
+    local task scale seed line
+    for task in $TASKS; do for scale in $SCALES; do for seed in $SEEDS; do
+        line="python -m BERT_glue.run_glue_no_trainer --config $CONFIG --model_name_or_path $MODEL --task_name $task"
+        if [ "$scale" = vanilla ]; then
+            echo "$line --pos 0 --seed $seed $FLAGS"
+        else
+            echo "$line --sites $SITES --scale $scale --seed $seed $FLAGS"
+        fi
+    done; done; done
+}
+
+cells | "$PYTHON" -m repro.sweep --results "$RESULTS" --jobs "${JOBS:-2}" --cluster "${CLUSTER:-local}" "$@"

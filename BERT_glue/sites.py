@@ -1,0 +1,134 @@
+"""Where ContraNorm can stand in a transformer layer: names, the reference's digits, and the module for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from contranorm import contra_norm
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+SITES = {
+    "layer_input": "the block's input; the residual branch takes the normalized value too",
+    "attention_context": "the attention context, before the output projection",
+    "attention_output": "after the attention's output projection and dropout",
+    "attention_sum": "attention output + residual, before the attention LayerNorm",
+    "attention_norm": "after the attention LayerNorm",
+    "ffn_output": "after the feed-forward's last dense (and BERT's dropout)",
+    "ffn_sum": "feed-forward output + residual, before the output LayerNorm",
+    "ffn_norm": "after the output LayerNorm",
+}
+FEED_FORWARD_SITES = ("ffn_output", "ffn_sum", "ffn_norm")
+
+# The same digit of `--pos` means different places in the two architectures.
+DIGITS = {
+    "bert": {
+        1: "layer_input",
+        2: "attention_context",
+        3: "attention_output",
+        4: "attention_norm",
+        5: "ffn_output",
+        6: "ffn_norm",
+        7: "attention_sum",
+        8: "ffn_sum",
+    },
+    "albert": {
+        1: "layer_input",
+        2: "attention_context",
+        3: "attention_output",
+        4: "attention_sum",
+        5: "attention_norm",
+        6: "ffn_output",
+        7: "ffn_sum",
+        8: "ffn_norm",
+    },
+}
+
+
+def check_settings(config: PretrainedConfig) -> None:
+    """Refuse ContraNorm settings that mean nothing or contradict each other.
+
+    Raises:
+        ValueError: the message names the field, what it holds and what it may hold.
+    """
+    unknown = [site for site in config.sites if site not in SITES]
+    if unknown:
+        raise ValueError(f"unknown site {unknown[0]!r}; the sites are {', '.join(SITES)}")
+    if len(set(config.sites)) != len(config.sites):
+        raise ValueError(f"sites names a site twice: {', '.join(config.sites)}")
+    if config.sites and config.scale is None:
+        raise ValueError("sites without scale: ContraNorm's step size has no default, give scale=0.01 or the like")
+    if not config.tau > 0:
+        raise ValueError(f"tau must be > 0, got {config.tau}")
+    if config.axis not in ("tokens", "features"):
+        raise ValueError(f"axis must be 'tokens' or 'features', got {config.axis!r}")
+    in_chunks = [site for site in config.sites if site in FEED_FORWARD_SITES]
+    if config.chunk_size_feed_forward > 0 and in_chunks:
+        raise ValueError(
+            f"site {in_chunks[0]} contrasts all tokens of a sequence, a chunked feed-forward sees only some of them: "
+            f"set chunk_size_feed_forward=0 (it is {config.chunk_size_feed_forward})"
+        )
+    if getattr(config, "is_decoder", False):
+        raise ValueError("ContraNorm mixes all tokens of a sequence, later ones too: it cannot stand in a decoder")
+
+
+class ContraNormSite(nn.Module):
+    """ContraNorm's step at one site, without a LayerNorm of its own and without parameters."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.scale, self.tau = config.scale, config.tau
+        self.axis, self.identity = config.axis, config.identity
+
+    def forward(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
+        """(B, N, D) → (B, N, D); token_mask (B, N) is True for the tokens that take part, None for all."""
+        return contra_norm(x, self.scale, tau=self.tau, identity=self.identity, axis=self.axis, mask=token_mask)
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return f"scale={self.scale}, tau={self.tau}, axis={self.axis}, identity={self.identity}"
+
+
+class Sites(nn.ModuleDict):
+    """The sites of one layer that are on, by name; calling it at a site that is off returns x itself."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__({site: ContraNormSite(config) for site in config.sites})
+
+    def forward(self, site: str, x: Tensor, token_mask: Tensor | None) -> Tensor:
+        """The features after the named site; (B, N, D)."""
+        if site not in SITES:
+            raise KeyError(site)
+        return self[site](x, token_mask) if site in self else x
+
+
+def token_mask_of(config: PretrainedConfig, attention_mask: Tensor | None) -> Tensor | None:
+    """The tokens that take part in ContraNorm: bool (B, N), or None for all of them.
+
+    The attention backend turns the tokenizer's mask into whatever its kernel wants (None, bool, float; four axes), so
+    the mask for ContraNorm is taken from the tokenizer's own, before that.
+
+    Args:
+        config: with `sites` and `include_padding`.
+        attention_mask: the tokenizer's (B, N), non-zero for real tokens; None when nothing is padded.
+
+    Raises:
+        ValueError: a site is on and the mask has other axes: which tokens are padding cannot be read off it.
+    """
+    if attention_mask is None or config.include_padding or not config.sites:
+        return None
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"ContraNorm leaves padding out and needs the (B, N) attention mask, got {tuple(attention_mask.shape)}; "
+            "pass the tokenizer's mask, or set include_padding=True"
+        )
+    return attention_mask.bool()
+
+
+def active_sites(model: nn.Module) -> dict[str, list[str]]:
+    """Layer name → the sites that really are on in it, read off the built model; layers without any are left out."""
+    found = {name: list(module) for name, module in model.named_modules() if isinstance(module, Sites)}
+    return {name.removesuffix(".sites"): sites for name, sites in found.items() if sites}
