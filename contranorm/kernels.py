@@ -92,11 +92,10 @@ def plain(
 ) -> Tensor:
     """The definition, with the N x N matrix in memory. The oracle for the others."""
     logits = product(unit, unit.mT, dtype) / tau  # (B, N, N)
-    if keep is None and exclude is None:
-        weights = logits.softmax(dim=-1)
-        if symmetric:
-            weights = weights + logits.softmax(dim=-2)
-        return product(weights, values, dtype)
+    if exclude is None and not symmetric:
+        if keep is not None:  # the rows that are not kept are not read: only columns need the mask
+            logits = logits.masked_fill(~_allowed(keep)[:, None, :], -torch.inf)
+        return product(logits.softmax(dim=-1), values, dtype)
     if keep is not None:
         logits = logits.masked_fill(~(keep.unsqueeze(-1) & keep.unsqueeze(-2)), -torch.inf)
     if exclude is not None:
@@ -107,11 +106,14 @@ def plain(
     return product(weights, values, dtype)
 
 
+def _allowed(keep: Tensor) -> Tensor:
+    """`keep`, and everything in a sample that keeps nothing: its result is not read, it must only not be NaN."""
+    return keep | ~keep.any(dim=-1, keepdim=True)
+
+
 def sdpa(unit: Tensor, values: Tensor, *, tau: float, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A·v as attention with q = k = x̂, v = values and scale 1/τ: flash kernels where torch has them."""
-    allowed = None
-    if keep is not None:  # a sample with no row to keep is not read by the caller; it must only not be NaN
-        allowed = (keep | ~keep.any(dim=-1, keepdim=True))[:, None, None, :]
+    allowed = None if keep is None else _allowed(keep)[:, None, None, :]
     q, v = unit.to(dtype).unsqueeze(1), values.to(dtype).unsqueeze(1)  # (B, 1, N, D): one head
     return F.scaled_dot_product_attention(q, q, v, attn_mask=allowed, scale=1 / tau).squeeze(1).to(values.dtype)
 
