@@ -103,6 +103,7 @@ def variants(shape: Shape) -> dict[str, dict[str, Any]]:
     if shape.dims[-2] <= 40000:
         chosen["blocked"] = {"implementation": "blocked"}
         if len(shape.dims) == 3:
+            chosen["fused"] = {"implementation": "fused"}
             chosen["sdpa"] = {"implementation": "sdpa"}
     if len(shape.dims) == 2:
         chosen["linear-2"] = {"implementation": "linear", "degree": 2}

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from contranorm import kernels
 
 Axis = Literal["tokens", "features"]
-Implementation = Literal["auto", "plain", "blocked", "sdpa", "linear"]
+Implementation = Literal["auto", "plain", "fused", "blocked", "sdpa", "linear"]
 
 
 def contra_norm(
@@ -51,7 +51,8 @@ def contra_norm(
         mask: (B, N), or (N,) for an (N, D) input; True for real tokens. The others neither move nor count.
         exclude: sparse CSR (N, N) whose stored entries (i, j), whatever their values, leave row i's softmax: the graph
             form, with x (N, D). A row that has nothing left in its softmax has a contrast term of 0.
-        implementation: "plain" stores the N x N matrix; "blocked" is exact and never does; "sdpa" is attention with
+        implementation: "plain" stores the N x N matrix and is the definition; "fused" does so with a backward of its
+            own, for batches of short sequences; "blocked" is exact and never does; "sdpa" is attention with
             q = k = x̂; "linear" replaces exp by a polynomial, in time linear in N (error bound: `contranorm.linear`),
             and answers with "blocked", after a warning, where that bound is broken; "auto" chooses among the exact
             ones by shape and device.
@@ -67,15 +68,14 @@ def contra_norm(
     work = x if x.dtype == torch.float64 else x.float()
     batch = work if x.dim() == 3 else work.unsqueeze(0)  # (B, N, D)
     keep = None if mask is None else mask.reshape(batch.shape[:2])  # (B, N)
-    unit = F.normalize(batch, dim=-1)  # x̂; a zero row stays zero
-    if pre_norm:
+    unit = F.normalize(batch, dim=-1) if pre_norm or axis == "features" else None  # x̂; a zero row stays zero
+    if pre_norm and unit is not None:
         batch = unit
 
-    if axis == "features":
+    if axis == "features" and unit is not None:
         contrast = kernels.feature_contrast(unit, batch, tau=tau, symmetric=symmetric, keep=keep)
     else:
         contrast = kernels.token_contrast(
-            unit,
             batch,
             tau=tau,
             symmetric=symmetric,

@@ -19,14 +19,18 @@ class GraphContraNorm(nn.Module):
     Args:
         scale: the step s.
         tau: temperature.
-        implementation: "auto", "plain" or "blocked", see `contra_norm`.
+        implementation: as in `contra_norm`: "auto", "plain", "blocked" or "linear".
+        degree: of the polynomial of "linear".
     """
 
-    def __init__(self, scale: float, tau: float = 1.0, *, implementation: Implementation = "auto") -> None:
+    def __init__(
+        self, scale: float, tau: float = 1.0, *, implementation: Implementation = "auto", degree: int = 2
+    ) -> None:
         super().__init__()
         self.scale = scale
         self.tau = tau
         self.implementation: Implementation = implementation
+        self.degree = degree
 
     def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
         """Push apart the nodes that are not adjacent.
@@ -39,7 +43,13 @@ class GraphContraNorm(nn.Module):
             (N, D). A node adjacent to all others is only multiplied by 1 + s.
         """
         return contra_norm(
-            x, self.scale, tau=self.tau, identity=True, exclude=adjacency, implementation=self.implementation
+            x,
+            self.scale,
+            tau=self.tau,
+            identity=True,
+            exclude=adjacency,
+            implementation=self.implementation,
+            degree=self.degree,
         )
 
     def extra_repr(self) -> str:

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contranorm.blocked import blocked
+from contranorm.blocked import MAX_LOGIT, blocked
+from contranorm.fused import fused
 from contranorm.linear import linear
 
-TOKEN_KERNELS = ("plain", "blocked", "sdpa", "linear")
+TOKEN_KERNELS = ("plain", "fused", "blocked", "sdpa", "linear")
 # Rows from which the blocked form is used; measured by `python -m benchmarks.layer --crossover` on two CPU cores.
 BLOCKED_FROM = {"graph": 256, "set": 768}
 
 
 def token_contrast(
-    unit: Tensor,
-    values: Tensor,
+    x: Tensor,
     *,
     tau: float,
     symmetric: bool,
@@ -30,11 +30,19 @@ def token_contrast(
     implementation: str,
     degree: int = 2,
 ) -> Tensor:
-    """A·v, or (A + softmax over columns)·v, by the named implementation; (B, N, D)."""
+    """A·x, or (A + softmax over columns)·x, by the named implementation; (B, N, D) → (B, N, D)."""
     if implementation == "auto":
-        implementation = choose(unit, symmetric=symmetric, exclude=exclude)
-    dtype = product_dtype(unit)
-    with torch.autocast(unit.device.type, enabled=False):  # from here on, `dtype` alone says what may be rounded
+        implementation = choose(x, tau=tau, symmetric=symmetric, exclude=exclude)
+    dtype = product_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):  # from here on, `dtype` alone says what may be rounded
+        if implementation == "fused":
+            if symmetric or exclude is not None or 1 / tau > MAX_LOGIT:
+                raise ValueError(
+                    f"implementation='fused' knows neither symmetric=True nor exclude nor tau < {1 / MAX_LOGIT:g}: "
+                    "use 'blocked'"
+                )
+            return fused(x, tau=tau, keep=keep, dtype=dtype)
+        unit, values = F.normalize(x, dim=-1), x  # x̂; a zero row stays zero
         if implementation == "plain":
             return plain(unit, values, tau=tau, symmetric=symmetric, keep=keep, exclude=exclude, dtype=dtype)
         if implementation == "sdpa":
@@ -72,12 +80,15 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a @ b if dtype == a.dtype else (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
-def choose(unit: Tensor, *, symmetric: bool, exclude: Tensor | None) -> str:
+def choose(x: Tensor, *, tau: float, symmetric: bool, exclude: Tensor | None) -> str:
     """The implementation that "auto" stands for, by shape and device."""
-    n = unit.shape[1]
-    if unit.is_cuda and not symmetric and exclude is None:
+    if exclude is not None:
+        return "blocked" if x.shape[1] >= BLOCKED_FROM["graph"] else "plain"
+    if x.is_cuda and not symmetric:
         return "sdpa"
-    return "blocked" if n >= BLOCKED_FROM["graph" if exclude is not None else "set"] else "plain"
+    if x.shape[1] >= BLOCKED_FROM["set"]:
+        return "blocked"
+    return "plain" if symmetric or 1 / tau > MAX_LOGIT else "fused"
 
 
 def plain(

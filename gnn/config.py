@@ -69,8 +69,11 @@ class Config:
     tau: float = 1.0
     """Temperature of ContraNorm's softmax; the reference has no other than 1."""
 
-    implementation: Literal["auto", "plain", "blocked"] = "auto"
+    implementation: Literal["auto", "plain", "blocked", "linear"] = "auto"
     """How ContraNorm is computed: plain stores the N x N matrix, blocked never does; auto chooses."""
+
+    degree: int = 2
+    """Degree of the polynomial of `--implementation linear`: 2, or 3 for a tenth of the error."""
 
     missing_rate: float = 0.0
     """Percent (0 to 100) of the nodes outside the training set whose features are erased; 0 as in Table 3."""
@@ -129,5 +132,9 @@ class Config:
             raise ValueError("--norm_mode CN needs --norm_scale other than 0 (0 would be no ContraNorm at all)")
         if self.norm_mode not in SCALED_NORMS and self.norm_scale is not None:
             raise ValueError(f"--norm_scale has no effect with --norm_mode {self.norm_mode}: leave it out")
+        if self.degree not in (1, 2, 3):
+            raise ValueError(f"--degree must be 1, 2 or 3, got {self.degree}")
+        if self.degree != 2 and self.implementation != "linear":
+            raise ValueError(f"--degree belongs to --implementation linear, not {self.implementation}: leave it out")
         if self.norm_mode != "CN" and (self.tau != 1.0 or self.implementation != "auto"):
             raise ValueError(f"--tau and --implementation belong to --norm_mode CN, not {self.norm_mode}: leave out")

@@ -15,7 +15,7 @@ FORMS = [
     dict(identity=i, axis=a, symmetric=s, pre_norm=p)
     for i, a, s, p in product((True, False), ("tokens", "features"), (False, True), (False, True))
 ]
-EXACT = ("plain", "blocked", "sdpa")
+EXACT = ("plain", "fused", "blocked", "sdpa")
 seeds = st.integers(0, 2**31 - 1)
 
 
@@ -33,7 +33,7 @@ def value_and_gradient(function, x, upstream):
 @pytest.mark.parametrize("implementation", EXACT)
 def test_every_form_equals_the_oracle(form, implementation, oracle):
     x, upstream = random(2, 6, 4), random(2, 6, 4, seed=1)
-    if implementation == "sdpa" and form["symmetric"] and form["axis"] == "tokens":
+    if implementation in ("sdpa", "fused") and form["symmetric"] and form["axis"] == "tokens":
         with pytest.raises(ValueError, match="symmetric"):  # attention has no softmax over columns
             contra_norm(x, 0.7, implementation=implementation, **form)
         return
@@ -87,7 +87,7 @@ def test_explicit_zeros_are_stored_entries(edges):
     torch.testing.assert_close(contra_norm(x, 1.0, exclude=pattern), contra_norm(x, 1.0, exclude=ones))
 
 
-@pytest.mark.parametrize("implementation", ["plain", "blocked", "sdpa", "linear"])
+@pytest.mark.parametrize("implementation", ["plain", "fused", "blocked", "sdpa", "linear"])
 def test_gradcheck(implementation):
     x = (random(7, 3).abs() + 0.1).requires_grad_()
     if implementation == "linear":  # its coefficients, which are constants of the gradient, move with the features
@@ -138,7 +138,7 @@ def test_homogeneous(seed, factor):
     torch.testing.assert_close(contra_norm(factor * x, 0.5), factor * contra_norm(x, 0.5))
 
 
-@given(seeds, st.sampled_from(["plain", "blocked", "sdpa"]))
+@given(seeds, st.sampled_from(["plain", "fused", "blocked", "sdpa"]))
 @settings(max_examples=30, deadline=None)
 def test_commutes_with_permutation_and_rotation(seed, implementation):
     x = random(11, 5, seed=seed)
@@ -236,7 +236,7 @@ def test_padding_neither_moves_nor_counts(implementation, axis):
     torch.testing.assert_close(y[1, :4], contra_norm(x[1, :4], 0.5, axis=axis))
 
 
-@pytest.mark.parametrize("implementation", ["plain", "blocked", "sdpa", "linear"])
+@pytest.mark.parametrize("implementation", ["plain", "fused", "blocked", "sdpa", "linear"])
 def test_a_sample_that_is_all_padding_stays(implementation):
     x = random(2, 9, 5).requires_grad_()
     mask = torch.arange(9) < torch.tensor([[9], [0]])
@@ -245,7 +245,7 @@ def test_a_sample_that_is_all_padding_stays(implementation):
     assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("implementation", ["plain", "blocked", "sdpa", "linear"])
+@pytest.mark.parametrize("implementation", ["plain", "fused", "blocked", "sdpa", "linear"])
 def test_zero_rows_stay_finite(implementation):
     x = random(9, 5)
     x[3] = 0
@@ -268,6 +268,8 @@ def test_zero_rows_stay_finite(implementation):
         (dict(exclude=torch.eye(5)), "exclude"),
         (dict(exclude=torch.eye(5).to_sparse_csr()), "exclude"),
         (dict(symmetric=True, implementation="sdpa"), "sdpa"),
+        (dict(symmetric=True, implementation="fused"), "fused"),
+        (dict(tau=0.001, implementation="fused"), "fused"),
     ],
 )
 def test_wrong_arguments_are_named(kwargs, names):
@@ -292,7 +294,7 @@ def test_autocast_changes_no_sum_only_the_factors_of_products(monkeypatch):
     exact = contra_norm(x, 1.0)
     for supported in (False, True):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda s=supported: s)
-        for implementation in ("plain", "blocked", "sdpa"):
+        for implementation in ("plain", "fused", "blocked", "sdpa"):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 y = contra_norm(x, 1.0, implementation=implementation)
             assert y.dtype == torch.float32

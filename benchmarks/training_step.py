@@ -1,0 +1,169 @@
+"""One training step of the three experiments' models: vanilla, ContraNorm in its plain form, ContraNorm as it comes.
+
+    python -m benchmarks.training_step --json out/step.json
+
+Random inputs at the experiments' shapes; forward, backward and optimizer step. BERT has two of its twelve layers: the
+ratio is that of a layer. bfloat16 is measured where the machine multiplies it in hardware, or when asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import timm
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import BertConfig, BertForSequenceClassification
+
+import ViT_imagenet  # noqa: F401  (registers its models with timm)
+from benchmarks.common import alternate_ms, goal, report
+from BERT_glue import ContraNormBertConfig, ContraNormBertForSequenceClassification
+from gnn.config import Config as GraphConfig
+from gnn.models import Adjacency, build_model
+from gnn.sparse import Pattern, Sparse
+from repro.config import parse_config
+from repro.errors import UserError, run_main
+
+Step = Callable[[], None]
+MODELS = ("gcn", "bert", "deit")
+
+
+@dataclass
+class Config:
+    """Settings of the benchmark."""
+
+    only: str = ",".join(MODELS)
+    """models, separated by commas"""
+    json: str | None = None
+    """file for the result"""
+    rounds: int = 5
+    """timings of each variant, taken in turns"""
+    bf16: bool = False
+    """measure bfloat16 autocast also where the processor only emulates it"""
+    batch: int = 64
+    """images in a DeiT batch; BERT's is half of it"""
+
+
+def training_step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor], dtype: torch.dtype) -> Step:
+    """Forward, backward and a step of AdamW."""
+    device = next(model.parameters()).device.type
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    model.train()
+
+    def run() -> None:
+        with nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype=dtype):
+            loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def deit(batch: int, device: str) -> dict[str, tuple[nn.Module, Callable[[nn.Module], Tensor]]]:
+    """DeiT-tiny at 224 x 224, 12 layers, every norm."""
+    images, labels = torch.randn(batch, 3, 224, 224, device=device), torch.randint(0, 100, (batch,), device=device)
+
+    def loss_of(model: nn.Module) -> Tensor:
+        return nn.functional.cross_entropy(model(images), labels)
+
+    name = "deit_tiny_patch16_224"
+    vanilla = timm.create_model(name, num_classes=100).to(device)
+    contra = timm.create_model(f"{name}_contranorm", num_classes=100, scale=0.1).to(device)
+    return {"vanilla": (vanilla, loss_of), "contranorm": (contra, loss_of)}
+
+
+def bert(batch: int, device: str) -> dict[str, tuple[nn.Module, Callable[[nn.Module], Tensor]]]:
+    """BERT-base's layers, 32 x 128 tokens, site attention_sum."""
+    tokens = torch.randint(0, 1000, (batch // 2, 128), device=device)
+    inputs = {"input_ids": tokens, "labels": tokens[:, 0] % 2, "attention_mask": torch.ones_like(tokens)}
+
+    def loss_of(model: nn.Module) -> Tensor:
+        loss: Tensor = model(**inputs).loss
+        return loss
+
+    size = {"num_hidden_layers": 2, "vocab_size": 1000}
+    vanilla = BertForSequenceClassification(BertConfig(**size)).to(device)
+    settings = ContraNormBertConfig(**size, sites=["attention_sum"], scale=0.01)
+    contra = ContraNormBertForSequenceClassification(settings).to(device)
+    return {"vanilla": (vanilla, loss_of), "contranorm": (contra, loss_of)}
+
+
+def gcn(batch: int, device: str) -> dict[str, tuple[nn.Module, Callable[[nn.Module], Tensor]]]:
+    """A GCN of 16 layers on a random graph of Cora's size, ContraNorm on every hidden layer."""
+    nodes, features = 2708, 1433
+    adjacency = Adjacency.from_edges(torch.randint(0, nodes, (2, 5278)), nodes).to(torch.device(device))
+    codes = torch.unique(torch.randint(0, nodes * features, (49216,)))
+    pattern = Pattern(codes // features, codes % features, (nodes, features))
+    x = Sparse(pattern, torch.rand(codes.numel())).to(torch.device(device))
+    labels = torch.randint(0, 7, (140,), device=device)
+
+    def loss_of(model: nn.Module) -> Tensor:
+        return nn.functional.cross_entropy(model(x, adjacency)[:140], labels)
+
+    common: dict[str, Any] = {"output_dir": "unused", "nlayer": 16, "use_layer_norm": True}
+    vanilla = build_model(GraphConfig(**common, norm_mode="None"), features, 7).to(device)
+    contra = build_model(GraphConfig(**common, norm_mode="CN", norm_scale=1.0), features, 7).to(device)
+    return {"vanilla": (vanilla, loss_of), "contranorm": (contra, loss_of)}
+
+
+def measure(name: str, dtype: torch.dtype, config: Config) -> list[dict[str, Any]]:
+    """Vanilla, plain and fast, side by side."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    built = {"gcn": gcn, "bert": bert, "deit": deit}[name](config.batch, device)
+    steps = {label: training_step(model, loss_of, dtype) for label, (model, loss_of) in built.items()}
+    fast = steps["contranorm"]
+
+    def plain() -> None:
+        with mock.patch("contranorm.kernels.choose", return_value="plain"):  # what implementation="plain" does
+            fast()
+
+    times = alternate_ms({"vanilla": steps["vanilla"], "plain": plain, "fast": fast}, rounds=config.rounds)
+    kind = str(dtype).removeprefix("torch.")
+    return [
+        {"model": name, "dtype": kind, "variant": label, "ms": ms, "times vanilla": ms / times["vanilla"]}
+        for label, ms in times.items()
+    ]
+
+
+def check_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ratios to vanilla against their goals."""
+    ratio = {(r["model"], r["dtype"]): r["times vanilla"] for r in rows if r["variant"] == "fast"}
+    targets = {
+        ("deit", "bfloat16"): 1.15,
+        ("deit", "float32"): 1.3,
+        ("bert", "float32"): 1.04,
+        ("bert", "bfloat16"): 1.04,
+    }
+    return [
+        goal(f"{key[0]} {key[1]}: ContraNorm step, times vanilla", ratio[key], target, at_least=False)
+        for key, target in targets.items()
+        if key in ratio
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    config = parse_config(Config, argv, prog="benchmarks.training_step", description=__doc__ or "")
+    names = config.only.split(",")
+    if unknown := [name for name in names if name not in MODELS]:
+        raise UserError(f"--only: unknown model {unknown[0]!r}; there are {', '.join(MODELS)}")
+    hardware = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    dtypes = [torch.float32, torch.bfloat16] if hardware or config.bf16 else [torch.float32]
+    if len(dtypes) == 1:
+        print("bfloat16 left out: this processor only emulates it (--bf16 measures it all the same)")
+    torch.manual_seed(0)
+    jobs = [(name, dtype) for name in names for dtype in dtypes if (name, dtype) != ("gcn", torch.bfloat16)]
+    rows: list[dict[str, Any]] = []
+    for name, dtype in tqdm(jobs, desc="models"):
+        rows += measure(name, dtype, config)
+    report("training_step", rows, check_goals(rows), config.json)
+
+
+if __name__ == "__main__":
+    run_main(main)
