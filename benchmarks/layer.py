@@ -6,18 +6,22 @@ Random features with ReLU stand in for a graph's hidden layer, random edges of t
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import contranorm
 from benchmarks.common import alternate_ms, goal, median_ms, peak_extra_mb, product_gflops, report
 from contranorm import blocked as blocked_module
 from contranorm import contra_norm
+from repro.checkpoint import write_atomic
 from repro.config import parse_config
 from repro.errors import UserError, run_main
 
@@ -68,7 +72,9 @@ class Config:
     tiles: bool = False
     """compare edges of the blocked kernel's tiles instead"""
     crossover: bool = False
-    """find from which number of rows the blocked form is faster than the plain one instead"""
+    """find from which number of rows on the blocked form is the fastest exact one instead"""
+    update: bool = False
+    """with --crossover: write what was found to contranorm/choices.json, where implementation="auto" reads it"""
     growth: bool = False
     """time the linear form from N = 20,000 to 200,000 instead"""
 
@@ -187,18 +193,34 @@ def compare_tiles() -> list[dict[str, Any]]:
 
 
 def find_crossover() -> list[dict[str, Any]]:
-    """Plain and blocked forms side by side as N grows, with and without a graph."""
+    """The exact forms side by side as N grows, with a graph (plain, blocked) and without (fused, blocked)."""
     rows = []
     for n in (64, 128, 192, 256, 384, 512, 768, 1024, 1536):
-        for form in ("set", "graph"):
+        for form, other in (("set", "fused"), ("graph", "plain")):
             x = torch.randn(n, 32).relu().requires_grad_()
             exclude = random_graph(n, 6 * n, False) if form == "graph" else None
             upstream = torch.randn(n, 32)
-            names = ("plain", "blocked")
-            steps = {i: step(x, upstream, exclude, implementation=i) for i in names}
+            steps = {i: step(x, upstream, exclude, implementation=i) for i in (other, "blocked")}
             times = alternate_ms(steps, rounds=25)
-            rows.append({"form": form, "N": n, **times, "times plain": times["plain"] / times["blocked"]})
+            ratio = times[other] / times["blocked"]
+            rows.append(
+                {"form": form, "N": n, "other": other, "other ms": times[other], "blocked ms": times["blocked"]}
+            )
+            rows[-1]["times other"] = ratio
     return rows
+
+
+def update_choices(rows: list[dict[str, Any]]) -> None:
+    """Write from which N on blocked is faster, at every measured N above too, to contranorm/choices.json."""
+    path = Path(contranorm.__file__).with_name("choices.json")
+    choices = json.loads(path.read_text(encoding="utf-8"))
+    for form in choices["blocked_from"]:
+        slower = [row["N"] for row in rows if row["form"] == form and row["times other"] < 1]
+        measured = sorted(row["N"] for row in rows if row["form"] == form)
+        faster = [n for n in measured if n > max(slower, default=0)]
+        choices["blocked_from"][form] = faster[0] if faster else 2 * measured[-1]
+    write_atomic(path, (json.dumps(choices, indent=1) + "\n").encode())
+    print(f"written: {choices['blocked_from']}")
 
 
 def measure_growth() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -219,15 +241,20 @@ def main(argv: list[str] | None = None) -> None:
     names = config.only.split(",")
     if unknown := [name for name in names if name not in SHAPES]:
         raise UserError(f"--only: unknown shape {unknown[0]!r}; there are {', '.join(SHAPES)}")
+    if config.update and not config.crossover:
+        raise UserError("--update belongs to --crossover: it writes what that finds")
     if config.tiles:
         return report("layer-tiles", compare_tiles(), [], config.json)
     if config.crossover:
-        return report("layer-crossover", find_crossover(), [], config.json)
+        rows = find_crossover()
+        if config.update:
+            update_choices(rows)
+        return report("layer-crossover", rows, [], config.json)
     if config.growth:
         return report("layer-growth", *measure_growth(), config.json)
     rate = product_gflops()
     print(f"large float32 products: {rate:.0f} GFLOP/s on {torch.get_num_threads()} threads")
-    rows: list[dict[str, Any]] = []
+    rows = []
     for name in tqdm(names, desc="shapes"):
         rows += measure(name, SHAPES[name], rate, config.rounds)
     report("layer", rows, check_goals(rows), config.json)

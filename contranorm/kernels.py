@@ -5,7 +5,9 @@ Shapes: `unit` x̂ and `values` v are (B, N, D), `keep` is a bool (B, N), `exclu
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,8 +18,10 @@ from contranorm.fused import fused
 from contranorm.linear import linear
 
 TOKEN_KERNELS = ("plain", "fused", "blocked", "sdpa", "linear")
-# Rows from which the blocked form is used; measured by `python -m benchmarks.layer --crossover` on two CPU cores.
-BLOCKED_FROM = {"graph": 256, "set": 768}
+# Number of rows from which the blocked form is the faster exact one, with excluded pairs ("graph") and without ("set"):
+# measured on two CPU cores and written by `python -m benchmarks.layer --crossover --update`.
+_CHOICES = Path(__file__).with_name("choices.json")
+BLOCKED_FROM: dict[str, int] = json.loads(_CHOICES.read_text(encoding="utf-8"))["blocked_from"]
 
 
 def token_contrast(
@@ -81,7 +85,10 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def choose(x: Tensor, *, tau: float, symmetric: bool, exclude: Tensor | None) -> str:
-    """The implementation that "auto" stands for, by shape and device."""
+    """The implementation that "auto" stands for, by shape and device; always an exact one.
+
+    On GPUs, where nothing was measured, attention's flash kernels are taken wherever they can express the form.
+    """
     if exclude is not None:
         return "blocked" if x.shape[1] >= BLOCKED_FROM["graph"] else "plain"
     if x.is_cuda and not symmetric:
