@@ -1,0 +1,235 @@
+"""Settings of one DeiT run; the flags have the reference's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from repro.config import default_data_root
+
+FUSED_OPTIMIZERS = ("adam", "adamw", "sgd")
+
+
+@dataclass
+class Config:
+    """Training, evaluation and fine-tuning of DeiT with or without ContraNorm."""
+
+    output_dir: str
+    """Folder of this run; the same command with the same folder goes on or says that it is done."""
+
+    # -- model
+    model: str = "deit_tiny_patch16_224"
+    """timm name of the DeiT, without suffix: --norm decides which norms it gets."""
+    depth: int = 12
+    """Blocks. The paper trains 12, 16 and 24."""
+    norm: Literal["contra", "layer"] = "contra"
+    """contra puts ContraNorm at every norm; layer is the vanilla DeiT. --scale 0 is refused: it would be a second, hidden
+    name for layer."""
+    scale: float | None = None
+    """ContraNorm's step s. No default: a no-op default trained vanilla models unnoticed."""
+    temp: float = 1.0
+    """ContraNorm's temperature tau. 1 in the paper."""
+    identity: bool = False
+    """(1+s)x - sAx in place of Eq. 6's x - sAx, which the paper uses for images."""
+    dual_norm: bool = False
+    """Symmetric form: softmax over rows plus softmax over columns. An ablation."""
+    pre_norm: bool = False
+    """Unit rows in place of x inside the contrast step. An ablation."""
+    learnable: bool = False
+    """Train one step per feature, from --scale on. An ablation."""
+    positive: bool = False
+    """With --learnable: train the step's logarithm, so that it stays positive."""
+    last_norm: Literal["contra", "layer"] = "contra"
+    """The final norm. contra as in the reference: `every` norm of the network."""
+    input_size: int | None = None
+    """Image side in pixels; by default the one in the model's name. The patch size must divide it."""
+    drop: float = 0.0
+    """Dropout. DeiT uses none."""
+    drop_path: float = 0.1
+    """Stochastic depth, rising from 0 to this over the blocks. DeiT's value."""
+
+    # -- data
+    data_path: str | None = None
+    """Folder of the data set: train/ and val/ image folders, or train-*.parquet and test-* or validation-*.parquet. By
+    default the data set's folder below --data_root."""
+    data_root: str = default_data_root()
+    """Folder that holds all data sets: $CONTRANORM_DATA, else data/."""
+    data_set: Literal["IMNET", "IMNET100", "CIFAR10", "CIFAR", "CIFAR100", "TINY", "FOLDER"] = "IMNET"
+    """IMNET100 needs a folder of just its 100 classes, or --class-list. CIFAR is CIFAR100, as in DeiT."""
+    class_list: str | None = None
+    """File with one class folder (WordNet id) a line: only these are used, in sorted order."""
+    download: bool = False
+    """Let torchvision download CIFAR into --data-path when it is not there."""
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    """An image that cannot be decoded: stop, or name it, count it, and go on (training takes the next image in its
+    place, evaluation leaves it out)."""
+    max_train_samples: int | None = None
+    """Train on that many images, drawn once, the same for every seed."""
+    max_test_samples: int | None = None
+    """Evaluate on that many images, drawn once. The record's protocol says so."""
+    cache: bool = False
+    """Decode every image once and keep the pixels: for data sets of small images of one size that fit in memory."""
+    num_workers: int = 10
+    """Processes that decode and augment, per training process; 0 does it in the training process."""
+
+    # -- optimization
+    epochs: int = 300
+    """DeiT's value."""
+    batch_size: int = 64
+    """Images per process and micro-batch. DeiT: 64 on each of 16 GPUs."""
+    accumulate: int = 1
+    """Micro-batches per step. The effective batch is batch_size x accumulate x processes."""
+    lr: float = 5e-4
+    """Learning rate per 512 images: it is multiplied by effective batch / 512, as in DeiT, unless --unscaled-lr."""
+    unscaled_lr: bool = False
+    """Take --lr as it is."""
+    min_lr: float = 1e-5
+    """Where the cosine ends. DeiT's value."""
+    warmup_lr: float = 1e-6
+    """Where the warm-up begins. DeiT's value."""
+    warmup_epochs: int = 5
+    """DeiT's value."""
+    sched: Literal["cosine"] = "cosine"
+    """Learning-rate schedule. The recipe has this one."""
+    sched_on_updates: bool = False
+    """Change the rate at every step instead of every epoch (DeiT): better for runs of few epochs."""
+    opt: str = "adamw"
+    """Name of a timm optimizer."""
+    opt_eps: float = 1e-8
+    """Epsilon of the Adam family."""
+    opt_betas: tuple[float, float] = (0.9, 0.999)
+    """Betas of the Adam family."""
+    momentum: float = 0.9
+    """For the optimizers that have it (sgd)."""
+    weight_decay: float = 0.05
+    """Not on biases, norms, tokens and position embeddings. DeiT's value."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient. DeiT does not clip."""
+    model_ema: bool = True
+    """Keep an exponential moving average of the weights and evaluate it too."""
+    model_ema_decay: float = 0.99996
+    """DeiT's value, for 300 epochs of ImageNet: short runs need a smaller one."""
+    seed: int = 0
+    """Of the weights, the order of the images, their augmentation, Mixup, dropout and stochastic depth."""
+
+    # -- augmentation
+    repeated_aug: bool = True
+    """Each image three times per step, differently augmented; an epoch sees a third of the images. DeiT's default."""
+    color_jitter: float = 0.3
+    """Only in use without --aa."""
+    aa: str = "rand-m9-mstd0.5-inc1"
+    """timm's RandAugment or AutoAugment policy; `none` for none."""
+    train_interpolation: str = "bicubic"
+    """Of the random resized crop. DeiT's value."""
+    eval_crop_ratio: float = 0.875
+    """Evaluation resizes to input_size / this and crops the centre. DeiT's value; 1 keeps small images whole."""
+    reprob: float = 0.25
+    """Probability of random erasing. DeiT's value."""
+    remode: Literal["const", "rand", "pixel"] = "pixel"
+    """What random erasing writes. DeiT's value."""
+    recount: int = 1
+    """Rectangles erased."""
+    mixup: float = 0.8
+    """Mixup's alpha; 0 switches it off. DeiT's value."""
+    cutmix: float = 1.0
+    """CutMix's alpha; 0 switches it off. DeiT's value."""
+    cutmix_minmax: tuple[float, float] | None = None
+    """Range of CutMix's box sides; replaces --cutmix."""
+    mixup_prob: float = 1.0
+    """Share of batches that are mixed."""
+    mixup_switch_prob: float = 0.5
+    """Share of the mixed batches that get CutMix when both are on."""
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    """One draw per batch, per pair of images, or per image."""
+    smoothing: float = 0.1
+    """Label smoothing. DeiT's value."""
+
+    # -- distillation
+    teacher_model: str | None = None
+    """timm name of the teacher. DeiT's is regnety_160."""
+    teacher_path: str | None = None
+    """Its weights: safetensors, or a .pth that holds tensors only."""
+    distillation_type: Literal["none", "soft", "hard"] = "none"
+    """hard: the teacher's decision as a second label; soft: its probabilities at --distillation-tau."""
+    distillation_alpha: float = 0.5
+    """Weight of the teacher's share."""
+    distillation_tau: float = 1.0
+    """Temperature of soft distillation."""
+
+    # -- starting points
+    pretrained: bool = False
+    """Start from timm's weights of the plain DeiT (downloads)."""
+    finetune: str | None = None
+    """Start from these weights; position embeddings are interpolated to --input-size."""
+    reset_head: bool = False
+    """With --finetune or --pretrained: a new head for a data set with other classes."""
+    resume: str | None = None
+    """A run folder, checkpoint folder or weights file to go on from. A run goes on in its own --output_dir without it."""
+    eval: bool = False
+    """Only evaluate the weights given by --resume, --finetune or --pretrained."""
+
+    # -- how it runs
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast. bf16 on recent GPUs; on CPUs without AMX it is slower than float32."""
+    channels_last: bool = False
+    """Memory layout of the images: helps the patch embedding on GPUs."""
+    fused_optimizer: bool = True
+    """One kernel for the whole optimizer step, for adam, adamw and sgd."""
+    cpu: bool = False
+    """Stay on the CPU although there is a GPU."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 saves at the end of each epoch."""
+    eval_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    probe: bool = False
+    """At the end, record the collapse metrics after every block on one batch of evaluation images."""
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        if self.norm == "contra" and not self.scale:
+            raise ValueError("--norm contra needs a step: --scale 0.1, say; for the vanilla DeiT give --norm layer")
+        if self.norm == "layer":
+            given = [n for n in ("scale", "identity", "dual_norm", "pre_norm", "learnable", "positive") if getattr(self, n)]
+            if given:
+                raise ValueError(f"--norm layer has no ContraNorm, so --{given[0]} has no meaning: drop one of the two")
+            self.last_norm = "layer"
+        if self.positive and not (self.learnable and (self.scale or 0) > 0):
+            raise ValueError("--positive needs --learnable and a --scale above 0")
+        for name in ("depth", "epochs", "batch_size", "accumulate", "eval_every", "recount"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_workers", "checkpoint_every", "warmup_epochs", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
+        for name in ("drop", "drop_path", "reprob", "mixup_prob", "mixup_switch_prob", "distillation_alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} must be between 0 and 1, got {getattr(self, name)}")
+        if not 0 <= self.smoothing < 1 or not 0 <= self.model_ema_decay < 1:
+            raise ValueError("--smoothing and --model_ema_decay must be at least 0 and below 1")
+        for name in ("temp", "lr", "eval_crop_ratio", "distillation_tau"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
+        for name in ("max_train_samples", "max_test_samples", "input_size", "clip_grad"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
+        if self.mixes and self.batch_size % 2:
+            raise ValueError(f"Mixup and CutMix pair images: --batch_size must be even, got {self.batch_size}")
+        if (self.distillation_type != "none") != (self.teacher_model is not None):
+            raise ValueError("--distillation_type soft or hard and --teacher_model go together")
+        if self.teacher_path and not self.teacher_model:
+            raise ValueError("--teacher_path needs --teacher_model")
+        if self.fused_optimizer and self.opt not in FUSED_OPTIMIZERS:
+            raise ValueError(f"--opt {self.opt} has no fused step: add --no_fused_optimizer")
+        if self.eval and not (self.resume or self.finetune or self.pretrained):
+            raise ValueError("--eval needs weights: --resume, --finetune or --pretrained")
+        if self.reset_head and not (self.finetune or self.pretrained):
+            raise ValueError("--reset_head needs --finetune or --pretrained")
+        if sum(map(bool, (self.resume, self.finetune, self.pretrained))) > 1:
+            raise ValueError("--resume, --finetune and --pretrained are different starting points: give one")
+        if self.class_list and self.data_set not in ("IMNET", "IMNET100", "FOLDER"):
+            raise ValueError(f"--class_list chooses class folders; --data_set {self.data_set} has none")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether Mixup or CutMix is on."""
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None

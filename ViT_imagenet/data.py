@@ -1,0 +1,330 @@
+"""The image data sets: where they lie, what their classes are, and their raw images by number."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import numpy as np
+import torch
+import torchvision.datasets as tv
+from PIL import Image
+
+from repro.errors import UserError
+from ViT_imagenet.config import Config
+
+# Folder of each data set below --data_root; the first that exists is taken.
+PLACES = {
+    "IMNET": ("images/imagenet", "imagenet"),
+    "IMNET100": ("images/imagenet100", "imagenet100", "images/tiny_imagenet_100"),
+    "CIFAR10": ("images/cifar10", "cifar10"),
+    "CIFAR100": ("images/cifar100", "cifar100"),
+    "TINY": ("images/tiny_imagenet", "images/tiny_imagenet_100", "tiny-imagenet-200"),
+    "FOLDER": (),
+}
+SPLITS = {"train": ("train",), "eval": ("val", "validation", "test")}
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+class BadImageError(Exception):
+    """An image that cannot be decoded; the message names it."""
+
+
+class ImageSource(Protocol):
+    """Images by number, undecoded until asked for."""
+
+    classes: list[str]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def label(self, index: int) -> int:
+        """Class number of an image, without decoding it."""
+        ...
+
+    def image(self, index: int) -> Image.Image:
+        """The image as RGB.
+
+        Raises:
+            BadImageError: it cannot be decoded.
+        """
+        ...
+
+
+def _decode(data: Any, name: str) -> Image.Image:
+    try:
+        with Image.open(data) as image:
+            return image.convert("RGB")  # greyscale, palette and CMYK images too
+    except _DECODE_ERRORS as error:
+        raise BadImageError(f"{name} ({error})") from error
+
+
+class Files:
+    """Images in files."""
+
+    def __init__(self, samples: Sequence[tuple[str, int]], classes: list[str]) -> None:
+        self.classes = classes
+        self._paths = np.array([path for path, _ in samples], dtype=np.bytes_)  # one block that workers share
+        self._labels = np.array([label for _, label in samples], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def label(self, index: int) -> int:
+        """Class number."""
+        return int(self._labels[index])
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded file."""
+        path = self._paths[index].decode()
+        return _decode(path, path)
+
+
+class Parquet:
+    """Parquet files in the Hugging Face image schema: a column of encoded images and one of class labels."""
+
+    def __init__(self, files: list[Path]) -> None:
+        table = datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train")
+        features = table.features
+        images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+        labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+        if len(images) != 1 or len(labels) != 1:
+            raise UserError(
+                f"{files[0]}: needs one Image and one ClassLabel column, has {dict(features)}: not an image data set"
+            )
+        self.classes = list(features[labels[0]].names)
+        self._name = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
+        self._labels = np.asarray(table[labels[0]], dtype=np.int64)
+        self._images = table.cast_column(images[0], datasets.Image(decode=False)).select_columns(images)
+        self._column = images[0]
+        if len(self._labels) and not 0 <= self._labels.min() <= self._labels.max() < len(self.classes):
+            raise UserError(f"{self._name}: labels outside 0..{len(self.classes) - 1}")
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def label(self, index: int) -> int:
+        """Class number."""
+        return int(self._labels[index])
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded row."""
+        data = self._images[index][self._column]["bytes"]
+        return _decode(io.BytesIO(data or b""), f"{self._name}, row {index}")
+
+
+class Arrays:
+    """Images that are decoded already: (N, H, W, 3) uint8."""
+
+    def __init__(self, images: np.ndarray, labels: Sequence[int], classes: list[str]) -> None:
+        self.classes = classes
+        self._images = images
+        self._labels = np.asarray(labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def label(self, index: int) -> int:
+        """Class number."""
+        return int(self._labels[index])
+
+    def image(self, index: int) -> Image.Image:
+        """The pixels as an image."""
+        return Image.fromarray(self._images[index])
+
+
+class Subset:
+    """The images of `source` with the numbers in `order`."""
+
+    def __init__(self, source: ImageSource, order: Sequence[int]) -> None:
+        self.classes = source.classes
+        self.source = source
+        self.order = np.asarray(order, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def label(self, index: int) -> int:
+        """Class number."""
+        return self.source.label(int(self.order[index]))
+
+    def image(self, index: int) -> Image.Image:
+        """The image."""
+        return self.source.image(int(self.order[index]))
+
+
+class Cached:
+    """Every image decoded once and kept: N·H·W·3 bytes, which forked workers share. Bad ones stay undecoded."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self.classes = source.classes
+        self.source = source
+        self._bad: set[int] = set()
+        self._pixels: np.ndarray | None = None
+        for index in range(len(source)):
+            try:
+                pixels = np.asarray(source.image(index))  # (H, W, 3)
+            except BadImageError:
+                self._bad.add(index)
+                continue
+            if self._pixels is None:
+                self._pixels = np.zeros((len(source), *pixels.shape), dtype=np.uint8)
+            if pixels.shape != self._pixels.shape[1:]:
+                raise UserError(
+                    f"--cache needs images of one size; image {index} is {pixels.shape[1]}x{pixels.shape[0]}, others "
+                    f"{self._pixels.shape[2]}x{self._pixels.shape[1]}: drop --cache"
+                )
+            self._pixels[index] = pixels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def label(self, index: int) -> int:
+        """Class number."""
+        return self.source.label(index)
+
+    def image(self, index: int) -> Image.Image:
+        """The kept pixels, or the source's complaint."""
+        if self._pixels is None or index in self._bad:
+            return self.source.image(index)
+        return Image.fromarray(self._pixels[index])
+
+
+@dataclass
+class ImageData:
+    """The two halves of a data set."""
+
+    train: ImageSource
+    test: ImageSource
+    name: str
+    test_split: str
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in the order of their numbers."""
+        return self.train.classes
+
+
+def load_data(config: Config) -> ImageData:
+    """The data set that the config names.
+
+    Raises:
+        UserError: it is not there, its folders do not fit, a class is empty.
+    """
+    name = {"CIFAR": "CIFAR100"}.get(config.data_set, config.data_set)
+    folder = _folder(config, name)
+    test_split, train, test = _read(config, name, folder)
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise UserError(f"{folder}: train has {len(train.classes)} classes, {test_split} {len(test.classes)}; see {odd[:3]}")
+    if name == "IMNET100" and len(train.classes) != 100:
+        raise UserError(
+            f"{folder} has {len(train.classes)} classes, IMNET100 has 100: give --class-list FILE (one WordNet id a line)"
+        )
+    train, test = _limit(train, config.max_train_samples), _limit(test, config.max_test_samples)
+    if config.cache:
+        train, test = Cached(train), Cached(test)
+    return ImageData(train, test, name, test_split)
+
+
+def _folder(config: Config, name: str) -> Path:
+    if config.data_path is not None:
+        folder = Path(config.data_path)
+        if not folder.is_dir() and not config.download:
+            raise UserError(f"--data-path {folder}: no such folder")
+        return folder
+    places = [Path(config.data_root) / place for place in PLACES[name]]
+    for place in places:
+        if place.is_dir():
+            return place
+    if config.download and places:
+        return places[0]
+    tried = ", ".join(map(str, places)) or "nothing: this data set has no usual place"
+    raise UserError(f"no data for --data_set {name} (looked at {tried}): give --data-path, or --data_root")
+
+
+def _read(config: Config, name: str, folder: Path) -> tuple[str, ImageSource, ImageSource]:
+    parquet = {split: sorted(folder.glob(f"{split}-*.parquet")) for s in SPLITS.values() for split in s}
+    if parquet["train"]:
+        split = next((s for s in SPLITS["eval"] if parquet[s]), None)
+        if split is None:
+            raise UserError(f"{folder}: train-*.parquet is there, but neither validation-*.parquet nor test-*.parquet")
+        if config.class_list:
+            raise UserError(f"--class_list chooses class folders; {folder} holds parquet files")
+        return split, Parquet(parquet["train"]), Parquet(parquet[split])
+    if name in ("CIFAR10", "CIFAR100") and not (folder / "train").is_dir():
+        return "test", *_torchvision_cifar(name, folder, config.download)
+    split = next((s for s in SPLITS["eval"] if (folder / s).is_dir()), None)
+    if not (folder / "train").is_dir() or split is None:
+        raise UserError(f"{folder}: needs train/ and val/ folders, or train-*.parquet and validation-* or test-*.parquet")
+    chosen = _class_list(config.class_list)
+    train = _image_folder(folder / "train", chosen)
+    annotations = folder / split / "val_annotations.txt"
+    if annotations.exists():  # Tiny-ImageNet's own layout: val/images/*.JPEG with a table of labels
+        return split, train, _annotated(annotations, train.classes)
+    return split, train, _image_folder(folder / split, chosen)
+
+
+def _class_list(path: str | None) -> list[str] | None:
+    if path is None:
+        return None
+    try:
+        names = Path(path).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--class-list {path}: not readable ({error})") from error
+    if not names or len(set(names)) != len(names):
+        raise UserError(f"--class-list {path}: needs one class folder a line, each once")
+    return sorted(names)
+
+
+def _image_folder(folder: Path, chosen: list[str] | None) -> Files:
+    """One sub-folder per class; with `chosen`, only those."""
+
+    class Chosen(tv.ImageFolder):
+        def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+            there, numbers = super().find_classes(str(directory))
+            if chosen is None:
+                return there, numbers
+            missing = sorted(set(chosen) - set(there))
+            if missing:
+                raise UserError(f"{directory} lacks {len(missing)} of the {len(chosen)} listed classes, e.g. {missing[0]}")
+            return chosen, {name: number for number, name in enumerate(chosen)}
+
+    try:
+        found = Chosen(str(folder))
+    except FileNotFoundError as error:  # torchvision names the empty classes
+        raise UserError(f"{folder}: {error}") from error
+    return Files(found.samples, list(found.classes))
+
+
+def _annotated(table: Path, classes: list[str]) -> Files:
+    """Tiny-ImageNet's validation images: file name, class and box per line."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines() if line]
+    samples = [(str(table.parent / "images" / row[0]), numbers[row[1]]) for row in rows if row[1] in numbers]
+    if not samples:
+        raise UserError(f"{table}: none of its classes is a folder below train/")
+    return Files(samples, classes)
+
+
+def _torchvision_cifar(name: str, folder: Path, download: bool) -> tuple[ImageSource, ImageSource]:
+    cls = tv.CIFAR10 if name == "CIFAR10" else tv.CIFAR100
+    try:
+        halves = [cls(str(folder), train=train, download=download) for train in (True, False)]
+    except RuntimeError as error:
+        raise UserError(f"{folder}: no {name} there ({error}): give --data-path, or --download") from error
+    train, test = (Arrays(half.data, half.targets, list(half.classes)) for half in halves)
+    return train, test
+
+
+def _limit(source: ImageSource, number: int | None) -> ImageSource:
+    """`number` images drawn with a fixed seed: the first ones of a folder would all be of one class."""
+    if number is None or number >= len(source):
+        return source
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:number]
+    return Subset(source, order.tolist())

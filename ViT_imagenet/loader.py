@@ -1,0 +1,221 @@
+"""Batches whose content is a function of (seed, epoch, step) alone.
+
+Every random draw has a seed of its own, derived from where it is used. Nothing is carried from one batch to the next:
+the number of workers, of processes and of interruptions does not change what is trained on, and a resumed run needs no
+generator state.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms as T
+
+from repro.errors import UserError
+from repro.seeding import seed_everything
+from ViT_imagenet.config import Config
+from ViT_imagenet.data import BadImageError, ImageSource
+
+REPEATS = 3  # of repeated augmentation, as in DeiT
+SMALL_IMAGE = 64  # up to this side a random crop of the padded image replaces the random resized crop
+_MAX_REPLACEMENTS = 100
+
+
+def derive_seed(*parts: int) -> int:
+    """A 32-bit seed from a path of numbers, e.g. (seed, epoch, step)."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+class Ticket(NamedTuple):
+    """One sample to fetch: the image's number, and the seed of its augmentation (None in evaluation)."""
+
+    index: int
+    seed: int | None
+
+
+class Sample(NamedTuple):
+    """One image ready for the model; a batch has the same fields, collated."""
+
+    image: Tensor  # (3, H, W)
+    label: int
+    bad: str  # names of the images that could not be decoded, one a line; usually ""
+    usable: bool  # False: nothing to count (evaluation of a bad image)
+
+
+class Augmented(Dataset[Sample]):
+    """Decodes and transforms image `ticket.index`, in the worker process."""
+
+    def __init__(self, source: ImageSource, transform: T.Compose, size: int) -> None:
+        self.source = source
+        self.transform = transform
+        self.size = size
+
+    def __getitem__(self, ticket: Ticket) -> Sample:
+        index, bad = ticket.index, []
+        for _ in range(_MAX_REPLACEMENTS):
+            try:
+                image = self.source.image(index)
+            except BadImageError as error:
+                bad.append(str(error))
+                if ticket.seed is None:
+                    return Sample(torch.zeros(3, self.size, self.size), self.source.label(index), bad[0], False)
+                index = (index + 1) % len(self.source)
+                continue
+            if ticket.seed is not None:
+                seed_everything(ticket.seed)  # timm's and torchvision's transforms draw from all three generators
+            return Sample(self.transform(image), self.source.label(index), "\n".join(bad), True)
+        raise UserError(f"{_MAX_REPLACEMENTS} images in a row cannot be decoded, the last one {bad[-1]}")
+
+
+class TrainBatches(Sampler[list[Ticket]]):
+    """The micro-batches of one process for one epoch, from `start_step` on.
+
+    A step's effective batch of G images is cut into G / batch_size shares such that position p and its mirror image
+    G - 1 - p lie in the same share, at mirrored places: Mixup, which pairs an image with its mirror, then gives the same
+    pairs for any number of processes and accumulated micro-batches.
+
+    Args:
+        length: images in the data set.
+        config: seed, batch size, accumulation, repeated augmentation.
+        rank: of this process.
+        world: number of processes.
+    """
+
+    def __init__(self, length: int, config: Config, rank: int, world: int) -> None:
+        self.config = config
+        self.rank = rank
+        self.world = world
+        self.effective = config.batch_size * config.accumulate * world
+        self.epoch = 0
+        self.start_step = 0
+        self._repeated = RepeatAugSampler(
+            range(length), num_replicas=1, rank=0, num_repeats=REPEATS if config.repeated_aug else 1,
+            selected_round=256 if config.repeated_aug else 0,
+        )  # fmt: skip
+        self.steps = len(self._repeated) // self.effective
+        if self.steps == 0:
+            raise UserError(f"{length} training images do not fill one effective batch of {self.effective}")
+
+    def order(self) -> list[int]:
+        """The image numbers of this epoch in order, a multiple of the effective batch."""
+        self._repeated.set_epoch(derive_seed(self.config.seed, self.epoch, 0))
+        return list(self._repeated)[: self.steps * self.effective]
+
+    def share(self, part: int) -> list[int]:
+        """Positions within the effective batch of share number `part`, ascending."""
+        b, g = self.config.batch_size, self.effective
+        if b % 2:
+            return list(range(part * b, (part + 1) * b))
+        half = range(part * b // 2, (part + 1) * b // 2)
+        return [*half, *(g - 1 - p for p in reversed(half))]
+
+    def __len__(self) -> int:
+        return (self.steps - self.start_step) * self.config.accumulate
+
+    def __iter__(self) -> Iterator[list[Ticket]]:
+        order = self.order()
+        seeds = np.random.SeedSequence((self.config.seed, self.epoch, 1)).generate_state(len(order))
+        for step in range(self.start_step, self.steps):
+            for micro in range(self.config.accumulate):
+                positions = [step * self.effective + p for p in self.share(micro * self.world + self.rank)]
+                yield [Ticket(order[p], int(seeds[p])) for p in positions]
+
+
+class EvalBatches(Sampler[list[Ticket]]):
+    """Every image once: process `rank` of `world` takes each world-th."""
+
+    def __init__(self, length: int, batch_size: int, rank: int, world: int) -> None:
+        self.numbers = range(rank, length, world)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.numbers) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Ticket]]:
+        for start in range(0, len(self.numbers), self.batch_size):
+            yield [Ticket(i, None) for i in self.numbers[start : start + self.batch_size]]
+
+
+def train_transform(config: Config, size: int) -> T.Compose:
+    """timm's training transform, PIL image to normalized (3, size, size)."""
+    transform: T.Compose = create_transform(
+        input_size=size,
+        is_training=True,
+        color_jitter=config.color_jitter,
+        auto_augment=None if config.aa == "none" else config.aa,
+        interpolation=config.train_interpolation,
+        re_prob=config.reprob,
+        re_mode=config.remode,
+        re_count=config.recount,
+    )
+    if size <= SMALL_IMAGE:  # a random resized crop would leave little of so small an image
+        transform.transforms[0] = T.Compose([T.Resize((size, size)), T.RandomCrop(size, padding=size // 8)])
+    return transform
+
+
+def eval_transform(config: Config, size: int) -> T.Compose:
+    """Resize, centre crop, normalize."""
+    return T.Compose(
+        [
+            T.Resize(int(size / config.eval_crop_ratio), interpolation=T.InterpolationMode.BICUBIC),
+            T.CenterCrop(size),
+            T.ToTensor(),
+            T.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        ]
+    )
+
+
+def _collate(samples: list[Sample]) -> Sample:
+    return Sample(
+        torch.stack([s.image for s in samples]),  # (B, 3, H, W)
+        torch.tensor([s.label for s in samples]),  # (B,)
+        "\n".join(s.bad for s in samples if s.bad),
+        torch.tensor([s.usable for s in samples]),  # (B,)
+    )
+
+
+def make_loader(source: ImageSource, batches: Sampler[list[Ticket]], transform: T.Compose, size: int, config: Config,
+                *, pin_memory: bool) -> DataLoader[Sample]:  # fmt: skip
+    """A loader of collated `Sample`s, decoded and augmented in `config.num_workers` processes."""
+    return DataLoader(
+        Augmented(source, transform, size),
+        batch_sampler=batches,
+        num_workers=config.num_workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+    )
+
+
+def _one_thread(_: int) -> None:
+    """Workers share the machine with the training process and one another."""
+    torch.set_num_threads(1)
+
+
+class BadImages:
+    """The images that could not be decoded so far: the first one ends the run, or all are named once and counted."""
+
+    def __init__(self, policy: str, names: list[str] | None = None) -> None:
+        self.policy = policy
+        self.names: dict[str, None] = dict.fromkeys(names or [])
+
+    def add(self, lines: str) -> None:
+        """Take note of a batch's bad images.
+
+        Raises:
+            UserError: the policy is to fail.
+        """
+        for name in filter(None, lines.split("\n")):
+            if self.policy == "fail":
+                raise UserError(f"image cannot be decoded: {name}; repair it, or give --on-bad-image skip")
+            if name not in self.names:
+                self.names[name] = None
+                print(f"warning: bad image skipped: {name}", file=sys.stderr, flush=True)
