@@ -23,8 +23,8 @@ class Config:
     depth: int = 12
     """Blocks. The paper trains 12, 16 and 24."""
     norm: Literal["contra", "layer"] = "contra"
-    """contra puts ContraNorm at every norm; layer is the vanilla DeiT. --scale 0 is refused: it would be a second, hidden
-    name for layer."""
+    """contra puts ContraNorm at every norm; layer is the vanilla DeiT. --scale 0 is refused: it would be a
+    second, hidden name for layer."""
     scale: float | None = None
     """ContraNorm's step s. No default: a no-op default trained vanilla models unnoticed."""
     temp: float = 1.0
@@ -164,7 +164,8 @@ class Config:
     reset_head: bool = False
     """With --finetune or --pretrained: a new head for a data set with other classes."""
     resume: str | None = None
-    """A run folder, checkpoint folder or weights file to go on from. A run goes on in its own --output_dir without it."""
+    """A run folder, checkpoint folder or weights file to go on from. A run needs no such flag to go on in its own
+    --output_dir."""
     eval: bool = False
     """Only evaluate the weights given by --resume, --finetune or --pretrained."""
 
@@ -189,7 +190,9 @@ class Config:
         if self.norm == "contra" and not self.scale:
             raise ValueError("--norm contra needs a step: --scale 0.1, say; for the vanilla DeiT give --norm layer")
         if self.norm == "layer":
-            given = [n for n in ("scale", "identity", "dual_norm", "pre_norm", "learnable", "positive") if getattr(self, n)]
+            given = [
+                n for n in ("scale", "identity", "dual_norm", "pre_norm", "learnable", "positive") if getattr(self, n)
+            ]
             if given:
                 raise ValueError(f"--norm layer has no ContraNorm, so --{given[0]} has no meaning: drop one of the two")
             self.last_norm = "layer"

@@ -221,10 +221,12 @@ def load_data(config: Config) -> ImageData:
     test_split, train, test = _read(config, name, folder)
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
-        raise UserError(f"{folder}: train has {len(train.classes)} classes, {test_split} {len(test.classes)}; see {odd[:3]}")
+        raise UserError(
+            f"{folder}: train has {len(train.classes)} classes, {test_split} {len(test.classes)}; see {odd[:3]}"
+        )
     if name == "IMNET100" and len(train.classes) != 100:
         raise UserError(
-            f"{folder} has {len(train.classes)} classes, IMNET100 has 100: give --class-list FILE (one WordNet id a line)"
+            f"{folder} has {len(train.classes)} classes, IMNET100 has 100: give --class-list FILE (a WordNet id a line)"
         )
     train, test = _limit(train, config.max_train_samples), _limit(test, config.max_test_samples)
     if config.cache:
@@ -261,7 +263,9 @@ def _read(config: Config, name: str, folder: Path) -> tuple[str, ImageSource, Im
         return "test", *_torchvision_cifar(name, folder, config.download)
     split = next((s for s in SPLITS["eval"] if (folder / s).is_dir()), None)
     if not (folder / "train").is_dir() or split is None:
-        raise UserError(f"{folder}: needs train/ and val/ folders, or train-*.parquet and validation-* or test-*.parquet")
+        raise UserError(
+            f"{folder}: needs train/ and val/ folders, or train-*.parquet and validation-* or test-*.parquet"
+        )
     chosen = _class_list(config.class_list)
     train = _image_folder(folder / "train", chosen)
     annotations = folder / split / "val_annotations.txt"
@@ -292,7 +296,9 @@ def _image_folder(folder: Path, chosen: list[str] | None) -> Files:
                 return there, numbers
             missing = sorted(set(chosen) - set(there))
             if missing:
-                raise UserError(f"{directory} lacks {len(missing)} of the {len(chosen)} listed classes, e.g. {missing[0]}")
+                raise UserError(
+                    f"{directory} lacks {len(missing)} of the {len(chosen)} listed classes, e.g. {missing[0]}"
+                )
             return chosen, {name: number for number, name in enumerate(chosen)}
 
     try:

@@ -15,7 +15,8 @@ from ViT_imagenet.setup import load_weights
 class DistillationLoss(nn.Module):
     """(1 - α)·base(logits, target) + α·distillation(logits of the distillation token, teacher).
 
-    Hard: cross-entropy with the teacher's most likely class. Soft: τ²·KL(teacher ‖ student) at temperature τ, per image.
+    Hard: cross-entropy with the teacher's most likely class. Soft: τ²·KL(teacher ‖ student) at temperature τ, the mean
+    over images (DeiT's code divides by the number of classes too, which all but switches it off at 1,000).
 
     Args:
         base: loss of the class token.

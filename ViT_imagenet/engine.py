@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from repro.errors import UserError
 from ViT_imagenet.config import Config
 from ViT_imagenet.distill import DistillationLoss
 from ViT_imagenet.loader import BadImages, Sample, TrainBatches, derive_seed
 
+_LOOK_EVERY = 20  # steps
 _MIXUP, _MODEL = 2, 3  # what a derived seed is for; 0 and 1 are the order and the augmentation, see loader.py
 
 
@@ -31,8 +34,7 @@ class Progress:
 
     epoch: int = 0
     step: int = 0  # finished steps of this epoch
-    loss_sum: float = 0.0  # over the images of this epoch so far
-    images: int = 0  # of this epoch so far
+    loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))  # mean losses of this epoch's steps, added up
     train_seconds: float = 0.0  # in training, evaluation left out
     processor_seconds: float = 0.0  # of the main process, workers left out
     images_total: int = 0
@@ -78,6 +80,7 @@ class Trainer:
         stream = iter(loader)
         if not self.config.sched_on_updates:
             self.scheduler.step(progress.epoch)
+        progress.loss_sum = progress.loss_sum.to(self.accelerator.device)
         bar = tqdm(steps, f"epoch {progress.epoch}", disable=not self.accelerator.is_main_process, unit="step")
         for step in bar:
             started, processor = time.monotonic(), time.process_time()
@@ -85,16 +88,25 @@ class Trainer:
                 self.scheduler.step_update(progress.epoch * batches.steps + step)
             loss = self._step(stream, progress.epoch, step)
             progress.step = step + 1
-            progress.loss_sum += loss * batches.effective
-            progress.images += batches.effective
+            progress.loss_sum += loss
             progress.images_total += batches.effective
+            if step % _LOOK_EVERY == 0:
+                self._look(loss, progress, bar)
             progress.train_seconds += time.monotonic() - started
             progress.processor_seconds += time.process_time() - processor
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             after_step()
 
-    def _step(self, stream: Any, epoch: int, step: int) -> float:
-        """One optimizer step over `accumulate` micro-batches; its mean loss over all processes."""
+    def _look(self, loss: Tensor, progress: Progress, bar: tqdm[int]) -> None:
+        """Show the loss, and end a run that has diverged. Now and then only: reading it waits for the device."""
+        value = float(loss)
+        bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss is {value} at epoch {progress.epoch}, step {progress.step}: lower --lr, or --clip-grad 1"
+            )
+
+    def _step(self, stream: Any, epoch: int, step: int) -> Tensor:
+        """One optimizer step over `accumulate` micro-batches; its mean loss over all processes, on the device."""
         config, accelerator = self.config, self.accelerator
         total = torch.zeros((), device=accelerator.device)
         self.optimizer.zero_grad()
@@ -119,7 +131,8 @@ class Trainer:
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.plain_model)
-        return float(accelerator.reduce(total, reduction="mean"))
+        reduced: Tensor = accelerator.reduce(total, reduction="mean")
+        return reduced
 
 
 @torch.inference_mode()

@@ -79,8 +79,8 @@ class TrainBatches(Sampler[list[Ticket]]):
     """The micro-batches of one process for one epoch, from `start_step` on.
 
     A step's effective batch of G images is cut into G / batch_size shares such that position p and its mirror image
-    G - 1 - p lie in the same share, at mirrored places: Mixup, which pairs an image with its mirror, then gives the same
-    pairs for any number of processes and accumulated micro-batches.
+    G - 1 - p lie in the same share, at mirrored places: Mixup, which pairs an image with its mirror, then makes the
+    same pairs for any number of processes and accumulated micro-batches.
 
     Args:
         length: images in the data set.
@@ -145,11 +145,11 @@ class EvalBatches(Sampler[list[Ticket]]):
 
 
 def train_transform(config: Config, size: int) -> T.Compose:
-    """timm's training transform, PIL image to normalized (3, size, size)."""
+    """The training transform of timm, PIL image to normalized (3, size, size)."""
     transform: T.Compose = create_transform(
         input_size=size,
         is_training=True,
-        color_jitter=config.color_jitter,
+        color_jitter=config.color_jitter or None,  # None leaves the transform out
         auto_augment=None if config.aa == "none" else config.aa,
         interpolation=config.train_interpolation,
         re_prob=config.reprob,

@@ -1,4 +1,4 @@
-"""Train or evaluate a DeiT, with ContraNorm or plain: `python -m ViT_imagenet.main --scale 0.1 --output_dir out/run`."""
+"""Train or evaluate a DeiT, ContraNorm or plain: `python -m ViT_imagenet.main --scale 0.1 --output_dir out/run`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from safetensors.torch import save
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
@@ -31,17 +31,17 @@ from ViT_imagenet.models import collapse_by_block
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and do one run."""
     config = parse_config(Config, argv, prog="ViT_imagenet.main", description=str(__doc__))
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        cpu=config.cpu,
-        kwargs_handlers=[DistributedDataParallelKwargs(static_graph=config.accumulate == 1)],
-    )
-    with Run(config.output_dir, "ViT_imagenet", config, main=accelerator.is_main_process) as run:
-        if run.done:
+    if config.mixed_precision == "fp16" and (config.cpu or not torch.cuda.is_available()):
+        raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no")
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.cpu)
+    run = Run(config.output_dir, "ViT_imagenet", config, main=accelerator.is_main_process)
+    if run.done:
+        with run:
             return
-        data = load_data(config)
-        seed_everything(config.seed)
-        model = start_model(config, data)
+    data = load_data(config)
+    seed_everything(config.seed)
+    model = start_model(config, data)
+    with run:  # bad input has been told by now, and nothing has been written
         if config.eval:
             evaluate_only(config, accelerator, run, data, model)
         else:
@@ -86,9 +86,7 @@ def test_loader(config: Config, accelerator: Accelerator, data: ImageData, size:
     return make_loader(data.test, batches, eval_transform(config, size), size, config, pin_memory=pin)
 
 
-def evaluate_only(
-    config: Config, accelerator: Accelerator, run: Run, data: ImageData, model: torch.nn.Module
-) -> None:
+def evaluate_only(config: Config, accelerator: Accelerator, run: Run, data: ImageData, model: torch.nn.Module) -> None:
     """`--eval`: one pass over the evaluation images, and a record."""
     accelerator.print(setup.describe_norms(model))
     bad = BadImages(config.on_bad_image)
@@ -119,7 +117,9 @@ def build_trainer(
         if not hasattr(model, "set_distilled_training"):
             raise UserError(f"--distillation_type needs a distilled model, {config.model} has no distillation token")
         teacher = build_teacher(config, classes).to(accelerator.device)
-        loss = DistillationLoss(loss, teacher, config.distillation_type, config.distillation_alpha, config.distillation_tau)
+        loss = DistillationLoss(
+            loss, teacher, config.distillation_type, config.distillation_alpha, config.distillation_tau
+        )
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)  # type: ignore[operator]
     model.to(accelerator.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
@@ -174,7 +174,7 @@ def train(config: Config, accelerator: Accelerator, run: Run, data: ImageData, m
         epoch = progress.epoch
         line = {
             "epoch": epoch,
-            "train_loss": progress.loss_sum / max(progress.images, 1),
+            "train_loss": float(progress.loss_sum) / batches.steps,
             "lr": trainer.optimizer.param_groups[0]["lr"],
             "images_per_second": progress.images_total / max(progress.train_seconds, 1e-9),
         }
@@ -187,7 +187,7 @@ def train(config: Config, accelerator: Accelerator, run: Run, data: ImageData, m
             line.update(metrics)
         run.log(line)
         accelerator.print(", ".join(f"{k} {v:.4g}" for k, v in line.items()))
-        progress.epoch, progress.step, progress.loss_sum, progress.images = epoch + 1, 0, 0.0, 0
+        progress.epoch, progress.step, progress.loss_sum = epoch + 1, 0, torch.zeros(())
         save_state()
 
     finish(config, accelerator, run, data, trainer, progress, metrics, tests)

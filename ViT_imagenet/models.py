@@ -1,7 +1,7 @@
-"""DeiT with ContraNorm at every norm, as timm models: `timm.create_model("deit_tiny_patch16_224_contranorm", scale=0.1)`.
+"""DeiT with ContraNorm at every norm, for timm: `timm.create_model("deit_tiny_patch16_224_contranorm", scale=0.1)`.
 
-A DeiT block stays what it is, x + Attention(norm(x)), then x + MLP(norm(x)); the norms are ContraNorm, which sub-classes
-LayerNorm, so a state dict has the keys of the plain DeiT and its pretrained weights load.
+A DeiT block stays what it is, x + Attention(norm(x)), then x + MLP(norm(x)); the norms are ContraNorm, which
+sub-classes LayerNorm, so a state dict has the keys of the plain DeiT and its pretrained weights load.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from contranorm.functional import Implementation
 
 SUFFIX = "_contranorm"
 LAYER_NORM_EPS = 1e-6  # DeiT's; torch's default is 1e-5
-# The places of a DeiT whose norm sees all tokens of an image, (B, N, D). Any other norm sees pooled or per-head tensors.
+# The norms of a DeiT that see all tokens of an image, (B, N, D). Any other one sees pooled or per-head tensors.
 TOKEN_NORMS = re.compile(r"norm|norm_pre|blocks\.\d+\.norm[12]")
 _IMAGENET = {
     "pool_size": None,
@@ -152,8 +152,8 @@ def _contranorm_entry(name: str, arch: dict[str, Any], distilled: bool) -> Calla
             raise ValueError(f"{name} chooses its norm itself: give scale=..., or norm_layer= to the plain model")
         if kwargs.get("global_pool", "token") != "token":
             raise ValueError(
-                f"global_pool={kwargs['global_pool']!r}: {name} reads the class token; a pooled (B, D) tensor would make "
-                "ContraNorm mix the images of a batch"
+                f"global_pool={kwargs['global_pool']!r}: {name} reads the class token; a pooled (B, D) tensor would "
+                "make ContraNorm mix the images of a batch"
             )
         if last_norm not in ("contra", "layer"):
             raise ValueError(f"last_norm must be 'contra' or 'layer', got {last_norm!r}")
@@ -176,8 +176,8 @@ def _contranorm_entry(name: str, arch: dict[str, Any], distilled: bool) -> Calla
     entry.__doc__ = (
         f"{name.removesuffix(SUFFIX)} with ContraNorm in place of every LayerNorm.\n\n"
         "`scale` is required; `tau`, `identity`, `symmetric`, `contra_pre_norm` (ContraNorm's pre_norm; timm's own "
-        "`pre_norm` adds a norm before the blocks), `learnable`, `positive` as in ContraNorm; `last_norm='layer'` keeps "
-        "the final norm plain. Everything else goes to timm (depth=, num_classes=, img_size=, drop_path_rate=, ...)."
+        "`pre_norm` adds a norm before the blocks), `learnable`, `positive` as in ContraNorm; `last_norm='layer'` "
+        "keeps the final norm plain. The rest goes to timm (depth=, num_classes=, img_size=, drop_path_rate=, ...)."
     )
     entry.__name__ = entry.__qualname__ = name
     return entry

@@ -95,8 +95,9 @@ def describe_norms(model: nn.Module) -> str:
     one = next(m for m in model.modules() if isinstance(m, ContraNorm))
     rest = [name for name in norms if name not in sites]
     return (
-        f"norms: {len(sites)} of {len(norms)} are ContraNorm(scale={one.scale}, tau={one.tau}, identity={one.identity}, "
-        f"symmetric={one.symmetric}, pre_norm={one.pre_norm}, learnable={one.learnable}): {sites[0]} .. {sites[-1]}"
+        f"norms: {len(sites)} of {len(norms)} are ContraNorm, {sites[0]} .. {sites[-1]} (scale={one.scale}, "
+        f"tau={one.tau}, identity={one.identity}, symmetric={one.symmetric}, pre_norm={one.pre_norm}, "
+        f"learnable={one.learnable})"
         + (f"; plain: {', '.join(rest)}" if rest else "")
     )
 
@@ -131,7 +132,7 @@ def read_state(path: str) -> dict[str, Any]:
         return dict(_read_newest(Path(path)))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--resume {path}: no checkpoint to go on from ({error}); finished runs keep their weights alone: --finetune"
+            f"--resume {path}: no checkpoint to go on from ({error}); finished runs keep only weights, for --finetune"
         ) from error
 
 
@@ -184,7 +185,7 @@ def check_fit(model: nn.Module, weights: dict[str, torch.Tensor], path: str) -> 
 
 
 def build_optimizer(model: nn.Module, config: Config, effective_batch: int) -> torch.optim.Optimizer:
-    """timm's optimizer: no weight decay on biases, norms, tokens and position embeddings."""
+    """The optimizer, from timm: no weight decay on biases, norms, tokens and position embeddings."""
     if config.opt not in list_optimizers():
         raise UserError(f"--opt {config.opt}: timm has {', '.join(list_optimizers()[:12])}, …")
     adaptive = {"eps": config.opt_eps, "betas": config.opt_betas} if "adam" in config.opt else {}
