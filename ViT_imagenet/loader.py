@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from PIL import Image, ImageOps
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -156,9 +157,26 @@ def train_transform(config: Config, size: int) -> T.Compose:
         re_mode=config.remode,
         re_count=config.recount,
     )
+    for part in transform.transforms:
+        _keep_a_bit(part)
     if size <= SMALL_IMAGE:  # a random resized crop would leave little of so small an image
         transform.transforms[0] = T.Compose([T.Resize((size, size)), T.RandomCrop(size, padding=size // 8)])
     return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    return ImageOps.posterize(image, max(bits, 1)) if bits < 8 else image
+
+
+def _keep_a_bit(transform: Any) -> None:
+    """Give every "posterize" of a RandAugment, AutoAugment or AugMix at least one bit.
+
+    At the largest magnitude timm asks Pillow for 0 bits, which today's Pillow refuses with an exception.
+    """
+    found = [*getattr(transform, "ops", []), *(op for policy in getattr(transform, "policy", []) for op in policy)]
+    for op in found:
+        if op.aug_fn is auto_augment.posterize:
+            op.aug_fn = _posterize
 
 
 def eval_transform(config: Config, size: int) -> T.Compose:

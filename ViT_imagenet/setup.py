@@ -97,8 +97,7 @@ def describe_norms(model: nn.Module) -> str:
     return (
         f"norms: {len(sites)} of {len(norms)} are ContraNorm, {sites[0]} .. {sites[-1]} (scale={one.scale}, "
         f"tau={one.tau}, identity={one.identity}, symmetric={one.symmetric}, pre_norm={one.pre_norm}, "
-        f"learnable={one.learnable})"
-        + (f"; plain: {', '.join(rest)}" if rest else "")
+        f"learnable={one.learnable})" + (f"; plain: {', '.join(rest)}" if rest else "")
     )
 
 

@@ -92,7 +92,13 @@ def test_scale_has_no_default() -> None:
 
 def test_switches_arrive_in_every_layer() -> None:
     model = timm.create_model(
-        "deit_nano_patch8_32_contranorm", depth=1, scale=0.3, tau=0.5, identity=True, symmetric=True, contra_pre_norm=True
+        "deit_nano_patch8_32_contranorm",
+        depth=1,
+        scale=0.3,
+        tau=0.5,
+        identity=True,
+        symmetric=True,
+        contra_pre_norm=True,
     )
     for layer in (m for m in model.modules() if isinstance(m, ContraNorm)):
         assert (layer.scale, layer.tau, layer.identity, layer.symmetric, layer.pre_norm) == (0.3, 0.5, True, True, True)

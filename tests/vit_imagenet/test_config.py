@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from repro.config import parse_config
+from repro.errors import UserError
+from ViT_imagenet.config import Config
+from ViT_imagenet.setup import build_model
+
+PROG = "ViT_imagenet.main"
+
+
+def parse(*flags: str) -> Config:
+    return parse_config(Config, [*flags, "--output_dir=x"], prog=PROG)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("", "--norm contra needs a step"),
+        ("--scale 0", "--norm contra needs a step"),
+        ("--norm layer --scale 0.1", "--scale has no meaning"),
+        ("--norm layer --dual-norm", "--dual_norm has no meaning"),
+        ("--scale 0.1 --positive", "--positive needs --learnable"),
+        ("--scale 0.1 --depth 0", "--depth must be at least 1"),
+        ("--scale 0.1 --batch-size 3", "must be even"),
+        ("--scale 0.1 --drop-path 1.5", "--drop_path must be between"),
+        ("--scale 0.1 --temp 0", "--temp must be above 0"),
+        ("--scale 0.1 --distillation-type soft", "go together"),
+        ("--scale 0.1 --teacher-model regnety_160", "go together"),
+        ("--scale 0.1 --opt lamb", "--no_fused_optimizer"),
+        ("--scale 0.1 --eval", "needs weights"),
+        ("--scale 0.1 --finetune a --resume b", "give one"),
+        ("--scale 0.1 --reset-head", "--reset_head needs"),
+        ("--scale 0.1 --data-set CIFAR10 --class-list f", "chooses class folders"),
+        ("--scale 0.1 --data-set MARS", "MARS"),
+        ("--scale 0.1 --scael 2", "scael"),
+    ],
+)
+def test_refused(flags: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse(*flags.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--model deit_tiny_patch16_225", "not known"),
+        ("--model resnet18", "not known"),
+        ("--model deit_tiny_patch16_224 --input-size 225", "225 is not a multiple of the patch size 16"),
+    ],
+)
+def test_models_refused(flags: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        build_model(parse("--scale=0.1", *flags.split()), 10)
+
+
+def test_a_contranorm_name_and_norm_layer_contradict_each_other() -> None:
+    with pytest.raises(UserError, match="has ContraNorm, --norm layer has none"):
+        build_model(parse("--norm=layer", "--model=deit_tiny_patch16_224_contranorm"), 10)
+
+
+def test_the_references_spellings() -> None:
+    flags = (
+        "--model deit_small_patch16_224 --depth 24 --scale 0.2 --dual-norm --pre-norm --temp 0.5 --learnable --positive"
+    )
+    config = parse(
+        *flags.split(), *"--identity --batch-size 8 --data-path d --data-set IMNET100 --input-size 64".split()
+    )
+    assert (config.scale, config.temp, config.dual_norm, config.pre_norm) == (0.2, 0.5, True, True)
+    assert (config.learnable, config.positive, config.identity, config.input_size) == (True, True, True, 64)
+
+
+def test_every_setting_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    from repro.config import _help_of
+
+    texts = _help_of(Config)
+    assert [name for name in Config.__dataclass_fields__ if not texts.get(name)] == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[2].glob("ViT_imagenet/configs/*.yaml")), ids=lambda p: p.stem
+)
+def test_config_files_are_datasheets_that_parse(path: Path) -> None:
+    config = parse("--config", str(path), "--scale=0.1")
+    assert config.norm == "contra"
+    assert "scale" not in yaml.safe_load(path.read_text()), "a step in a file would be a hidden default"
+    for word in ("hardware", "time", "expect", "command"):
+        assert f"# {word}" in path.read_text().lower()

@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from repro.errors import Interrupted, UserError
+from repro.run import Run
+from ViT_imagenet.main import main
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "record.json").read_text())
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_weights(one: Path, other: Path, name: str = "model.safetensors") -> bool:
+    a, b = load_file(one / name), load_file(other / name)
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def flags(quick: list[str], parquet: Path) -> list[str]:
+    return [*quick, f"--data_path={parquet}"]
+
+
+@pytest.fixture
+def undisturbed(flags: list[str], tmp_path: Path) -> Path:
+    main([*flags, "--checkpoint_every=2", f"--output_dir={tmp_path / 'whole'}"])
+    return tmp_path / "whole"
+
+
+def test_a_run_ends_with_a_record(undisturbed: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    done = record(undisturbed)
+    assert done["metrics"]["test_images"] == 11
+    assert 0 <= done["metrics"]["test_accuracy"] <= 1
+    assert done["metrics"]["test_accuracy"] * 11 == pytest.approx(round(done["metrics"]["test_accuracy"] * 11))
+    assert done["selection"] == "last epoch"
+    assert done["images_per_second"] > 0
+    assert [line["epoch"] for line in lines(undisturbed)] == [0, 1]
+    assert not (undisturbed / "checkpoints").exists()
+    before = (undisturbed / "record.json").read_bytes()
+    main([*flags, "--checkpoint_every=2", f"--output_dir={undisturbed}"])
+    assert "done already" in capsys.readouterr().out
+    assert (undisturbed / "record.json").read_bytes() == before
+
+
+def test_start_tells_norms_and_learning_rate(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*flags, "--no_unscaled_lr", "--accumulate=2", "--lr=5e-4", "--epochs=1", f"--output_dir={tmp_path / 'a'}"])
+    out = capsys.readouterr().out
+    assert "5 of 5 are ContraNorm, blocks.0.norm1 .. norm (scale=0.1" in out
+    assert "4 x 2 x 1 processes = 8; lr 7.81e-06 (0.0005 x 8 / 512)" in out
+    at = flags.index("--scale")
+    vanilla = flags[:at] + flags[at + 2 :]
+    main([*vanilla, "--norm=layer", "--epochs=1", f"--output_dir={tmp_path / 'b'}"])
+    assert "none of 5 is ContraNorm (vanilla)" in capsys.readouterr().out
+
+
+def test_killed_in_mid_epoch_and_started_again_gives_the_same_weights(
+    undisturbed: Path, flags: list[str], tmp_path: Path, python: str, root: Path
+) -> None:
+    folder = tmp_path / "killed"
+    command = [*flags, "--checkpoint_every=2", f"--output_dir={folder}"]
+    process = subprocess.Popen(
+        [python, "-m", "ViT_imagenet.main", *command], cwd=root, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    wanted = folder / "checkpoints" / "step-0000000002" / "manifest.json"  # 2 of 6 steps of the first epoch
+    deadline = time.monotonic() + 120
+    while not wanted.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    main(command)
+    assert same_weights(undisturbed, folder)
+    assert same_weights(undisturbed, folder, "model_ema.safetensors")
+    for whole, again in zip(lines(undisturbed), lines(folder), strict=True):
+        for key in set(whole) - {"images_per_second"}:
+            assert whole[key] == again[key], key
+
+
+@pytest.mark.parametrize("step", [1, 3, 6, 9])
+def test_stopped_by_a_signal_anywhere_and_started_again_gives_the_same_weights(
+    step: int, undisturbed: Path, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM is taken at the end of a step; every point of an epoch, its end too, must be one to go on from."""
+    from ViT_imagenet import engine
+
+    taken = 0
+    real = engine.Trainer._step
+
+    def counted(self: engine.Trainer, *arguments: object) -> torch.Tensor:
+        nonlocal taken
+        taken += 1
+        if taken == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *arguments)
+
+    folder = tmp_path / "stopped"
+    command = [*flags, "--checkpoint_every=2", f"--output_dir={folder}"]
+    monkeypatch.setattr(engine.Trainer, "_step", counted)
+    with pytest.raises(Interrupted):
+        main(command)
+    assert taken == step
+    main(command)
+    assert same_weights(undisturbed, folder)
+
+
+def test_workers_and_accumulation_do_not_change_the_weights(
+    undisturbed: Path, flags: list[str], tmp_path: Path
+) -> None:
+    main([*flags, "--checkpoint_every=2", "--num_workers=2", f"--output_dir={tmp_path / 'workers'}"])
+    assert same_weights(undisturbed, tmp_path / "workers")
+    still = [*flags, "--drop_path=0", "--epochs=1"]
+    main([*still, f"--output_dir={tmp_path / 'whole batch'}"])
+    main([*still, "--batch_size=2", "--accumulate=2", f"--output_dir={tmp_path / 'accumulated'}"])
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole batch", "accumulated"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+
+
+def test_two_processes_count_every_image_once_and_step_like_one(
+    quick: list[str], make_parquet: Callable[..., Path], tmp_path: Path, python: str, root: Path
+) -> None:
+    """One step of 8 images, Mixup, CutMix and random erasing on; 11 test images on 2 processes."""
+    folder = make_parquet(train=8, test=11)
+    # Adam divides by the gradient's size: where a gradient is almost 0, rounding alone decides its first step. Plain
+    # SGD shows the gradients as they are.
+    flags = [
+        *quick,
+        f"--data_path={folder}",
+        "--epochs=1",
+        "--drop_path=0",
+        "--warmup_epochs=0",
+        "--opt=sgd",
+        "--lr=0.1",
+    ]
+    main([*flags, "--batch_size=8", f"--output_dir={tmp_path / 'one'}"])
+    result = subprocess.run(
+        [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ViT_imagenet.main",
+         *flags, "--batch_size=4", f"--output_dir={tmp_path / 'two'}"],
+        cwd=root, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert (tmp_path / "two" / "record.json").exists(), result.stderr[-3000:]  # the record decides, not gloo's farewell
+    one, two = record(tmp_path / "one"), record(tmp_path / "two")
+    assert two["processes"] == 2
+    assert two["metrics"]["test_images"] == 11
+    assert two["metrics"]["test_accuracy"] == one["metrics"]["test_accuracy"]
+    assert lines(tmp_path / "two")[0]["train_loss"] == pytest.approx(lines(tmp_path / "one")[0]["train_loss"], abs=1e-5)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=0, atol=1e-5)
+
+
+def test_bad_images_end_the_run_or_are_counted(
+    quick: list[str], make_parquet: Callable[..., Path], tmp_path: Path
+) -> None:
+    flags = [*quick, f"--data_path={make_parquet(bad=(4,))}", "--epochs=1"]
+    with pytest.raises(UserError, match="row 4"):
+        main([*flags, f"--output_dir={tmp_path / 'fails'}"])
+    assert not (tmp_path / "fails" / "record.json").exists()
+    main([*flags, "--on-bad-image=skip", f"--output_dir={tmp_path / 'skips'}"])
+    done = record(tmp_path / "skips")
+    assert done["metrics"]["test_images"] == 10
+    assert [name.split(" (")[0] for name in done["bad_images"]] == [
+        f"{split}-00000-of-00001.parquet, row 4" for split in ("train", "test")
+    ]
+
+
+def test_eval_finetune_and_resume(undisturbed: Path, flags: list[str], tmp_path: Path) -> None:
+    main([*flags, "--eval", f"--resume={undisturbed}", f"--output_dir={tmp_path / 'eval'}"])
+    assert record(tmp_path / "eval")["metrics"]["test_accuracy"] == record(undisturbed)["metrics"]["test_accuracy"]
+    assert record(tmp_path / "eval")["metrics"]["test_loss"] == pytest.approx(
+        record(undisturbed)["metrics"]["test_loss"]
+    )
+    main([*flags, "--epochs=1", "--input_size=48", f"--finetune={undisturbed / 'model.safetensors'}", "--probe",
+          f"--output_dir={tmp_path / 'larger'}"])  # fmt: skip
+    done = record(tmp_path / "larger")
+    assert [row["layer"] for row in done["collapse"]] == [0, 1]
+    assert load_file(tmp_path / "larger" / "model.safetensors")["pos_embed"].shape == (1, 37, 96)
+
+
+def test_weights_of_another_number_of_classes(
+    undisturbed: Path, quick: list[str], make_parquet: Callable[..., Path], tmp_path: Path
+) -> None:
+    flags = [*quick, "--epochs=1", f"--data_path={make_parquet(classes=4)}", f"--finetune={undisturbed}"]
+    with pytest.raises(UserError, match="3 classes, the data 4.*--reset-head"):
+        main([*flags, f"--output_dir={tmp_path / 'a'}"])
+    assert not (tmp_path / "a").exists()
+    main([*flags, "--reset-head", f"--output_dir={tmp_path / 'b'}"])
+    assert record(tmp_path / "b")["metrics"]["test_images"] == 11
+    with pytest.raises(UserError, match="does not fit the model: blocks.2"):
+        main([*flags, "--reset-head", "--depth=3", f"--output_dir={tmp_path / 'c'}"])
+
+
+def test_plain_weights_start_a_contranorm_model(flags: list[str], tmp_path: Path) -> None:
+    plain = timm.create_model("deit_nano_patch8_32", depth=2, num_classes=3)
+    torch.save({"model": plain.state_dict()}, tmp_path / "plain.pth")
+    main(
+        [*flags, "--epochs=1", "--learnable", f"--finetune={tmp_path / 'plain.pth'}", f"--output_dir={tmp_path / 'r'}"]
+    )
+    assert "blocks.0.norm1.step" in load_file(tmp_path / "r" / "model.safetensors")
+    with pytest.raises(UserError, match=r"blocks.0.norm1.step is missing there"):
+        main([*flags, "--learnable", "--eval", f"--resume={tmp_path / 'plain.pth'}", f"--output_dir={tmp_path / 's'}"])
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_distillation(kind: str, flags: list[str], tmp_path: Path) -> None:
+    teacher = timm.create_model("deit_nano_patch8_32", num_classes=3)
+    save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    more = [f"--distillation-type={kind}", "--teacher-model=deit_nano_patch8_32", "--epochs=1"]
+    with pytest.raises(UserError, match="no distillation token"):
+        main([*flags, *more, f"--teacher-path={tmp_path / 'teacher.safetensors'}", f"--output_dir={tmp_path / 'a'}"])
+    more.append("--model=deit_nano_distilled_patch8_32")
+    with pytest.raises(UserError, match="untrained teacher"):
+        main([*flags, *more, f"--output_dir={tmp_path / 'b'}"])
+    main([*flags, *more, f"--teacher-path={tmp_path / 'teacher.safetensors'}", f"--output_dir={tmp_path / 'c'}"])
+    assert record(tmp_path / "c")["metrics"]["test_images"] == 11
+
+
+def test_resume_goes_on_from_another_folders_checkpoint(
+    undisturbed: Path, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [*flags, "--checkpoint_every=2"]
+    real = Run.checkpoint
+
+    def die(self: Run, step: int, state: object) -> None:
+        real(self, step, state)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "checkpoint", die)
+        with pytest.raises(KeyboardInterrupt):
+            main([*command, f"--output_dir={tmp_path / 'first'}"])
+    main([*command, f"--resume={tmp_path / 'first'}", f"--output_dir={tmp_path / 'second'}"])
+    assert same_weights(undisturbed, tmp_path / "second")
+    with pytest.raises(UserError, match="no checkpoint to go on from"):
+        main([*command, f"--resume={undisturbed}", f"--output_dir={tmp_path / 'third'}"])
+
+
+def test_a_diverged_run_is_told(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ViT_imagenet import engine
+
+    monkeypatch.setattr(engine.Trainer, "batch_loss", lambda self, x, y: self.model(x).sum() * float("nan"))
+    with pytest.raises(UserError, match="loss is nan at epoch 0"):
+        main([*flags, f"--output_dir={tmp_path / 'a'}"])
