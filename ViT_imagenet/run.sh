@@ -5,7 +5,7 @@
 #   bash ViT_imagenet/run.sh --norm layer            the vanilla DeiT
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHON="${PYTHON:-python}"
+source scripts/python.sh
 CONFIG="${CONFIG:-cifar10_cpu}"    # a file of ViT_imagenet/configs, without .yaml
 PROCESSES="${PROCESSES:-1}"        # one per GPU
 words="$(printf '%s' "$*" | tr -cs 'A-Za-z0-9.' '_' | tail -c 80)"

@@ -7,7 +7,7 @@
 # Arguments go to repro.sweep.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHON="${PYTHON:-python}"
+source scripts/python.sh
 
 CONFIG="${CONFIG:-imagenet100_tiny}" # a file of ViT_imagenet/configs, without .yaml
 DEPTHS="${DEPTHS:-12 16 24}"

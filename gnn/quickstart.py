@@ -156,25 +156,25 @@ def figures(frame: pd.DataFrame, folder: Path, data: str) -> list[Path]:
             axis.plot(range(1, values.shape[1] + 1), values.mean(), marker=".", label=label)
         axis.set(xlabel="layer", title=column.replace("_", " "))
 
-    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8.5, 4), layout="constrained")
     for label, rows in frame.groupby("norm", observed=True):
         by_depth = rows.groupby("depth")["accuracy"].agg(["mean", "std"]).fillna(0.0)
         axis.errorbar(by_depth.index, by_depth["mean"], by_depth["std"], marker="o", capsize=3, label=label)
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(frame["depth"].unique()), [str(d) for d in sorted(frame["depth"].unique())])
     axis.set(xlabel="depth (convolutions)", ylabel="test accuracy (%)", title=f"{data}: accuracy against depth")
-    axis.legend()
+    figure.legend(loc="outside right upper")  # beside the curves, which fill the panel
     paths = [folder / "accuracy_by_depth.png", folder / "collapse_by_layer.png"]
     figure.savefig(paths[0], dpi=150)
     plt.close(figure)
 
     deepest = frame[frame["depth"] == frame["depth"].max()]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     lines(axes[0], "mean_cosine", deepest)
     lines(axes[1], "effective_rank", deepest)
     axes[0].set_ylabel("1 = all nodes point the same way")
     axes[1].set_ylabel("1 = one direction left")
-    axes[1].legend()
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(f"{data}: features after each hidden layer, depth {deepest['depth'].max()}")
     figure.savefig(paths[1], dpi=150)
     plt.close(figure)

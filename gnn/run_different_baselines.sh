@@ -6,7 +6,7 @@
 # share of the gain would be credited to ContraNorm. Arguments go to repro.sweep.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHON="${PYTHON:-python}"
+source scripts/python.sh
 
 DATASETS="${DATASETS:-cora citeseer chameleon squirrel}"
 DEPTHS="${DEPTHS:-2 4 8 16 32}"

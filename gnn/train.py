@@ -33,10 +33,10 @@ def train(config: Config, *, quiet: bool = False) -> None:
         quiet: no progress bar and no printed lines (several runs at once).
     """
     device = choose_device(config.device)
+    graph = load_graph(config.data, config.data_root, split=config.split)  # before Run: bad data leaves no folder
     with Run(config.output_dir, "gnn", config) as run:
         if run.done:
             return
-        graph = load_graph(config.data, config.data_root, split=config.split)
         seed_everything(config.seed)
         x, adjacency = inputs(graph, config, device)
         model = build_model(config, x.shape[1], graph.classes).to(device)

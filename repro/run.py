@@ -126,8 +126,13 @@ class Run:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                self._lock.close()
                 raise UserError(f"--output_dir {self.folder}: another process is writing this run") from error
-            self._check_same_config()
+            try:
+                self._check_same_config()
+            except BaseException:
+                self._lock.close()  # this folder is not ours: let go of it at once
+                raise
         for signum in (signal.SIGTERM, signal.SIGUSR2):
             self._handlers[signum] = signal.signal(signum, self._on_signal)
         if self.done and self.main:

@@ -121,10 +121,12 @@ class Sweep:
                 while self._waiting or self._flying:
                     self._start_some()
                     time.sleep(self.launcher.poll_seconds)
-                    for attempt in self.launcher.over(self._flying):
+                    over = self.launcher.over(self._flying)
+                    for attempt in over:
                         self._flying.remove(attempt)
                         bar.update(self._settle(attempt))
-                    bar.set_postfix(running=len(self._flying), failed=len(self.failed))
+                    # Drawn on news alone: a log file would otherwise get a line at every poll.
+                    bar.set_postfix(running=len(self._flying), failed=len(self.failed), refresh=bool(over))
         except KeyboardInterrupt:
             print("\nstopping the cells in flight; Ctrl-C again leaves at once", file=sys.stderr)
             self.launcher.stop(self._flying)

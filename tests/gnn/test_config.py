@@ -1,0 +1,106 @@
+"""Settings: what is refused, and what the message names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from gnn.config import Config, DataName
+from gnn.data import SOURCES
+from repro.config import parse_config, to_yaml
+from repro.errors import UserError
+
+
+def parse(*argv: str) -> Config:
+    return parse_config(Config, [*argv, "--output_dir=x"], prog="gnn.main")
+
+
+def test_the_reference_flags_mean_what_they_say() -> None:
+    line = (
+        "--data citeseer --model GIN --hid 64 --lr 0.01 --dropout 0.5 --epochs 7 --wd 0 --nlayer 16 --residual 2 "
+        "--norm_mode CN --norm_scale 0.8 --use_layer_norm --missing_rate 30 --tau 0.5 --seed 3 --protocol standard"
+    )
+    config = parse(*line.split())
+    assert (config.data, config.model, config.hid, config.lr, config.dropout) == ("citeseer", "GIN", 64, 0.01, 0.5)
+    assert (config.epochs, config.wd, config.nlayer, config.residual) == (7, 0.0, 16, 2)
+    assert (config.norm_mode, config.norm_scale, config.use_layer_norm) == ("CN", 0.8, True)
+    assert (config.missing_rate, config.tau, config.seed, config.protocol) == (30.0, 0.5, 3, "standard")
+    assert parse("--norm-mode", "PN", "--missing-rate", "5").norm_mode == "PN"  # dashes as well
+
+
+def test_defaults_are_table_3() -> None:
+    config = parse()
+    assert (config.hid, config.dropout, config.lr, config.wd, config.epochs) == (32, 0.6, 5e-3, 5e-4, 200)
+    assert (config.protocol, config.residual, config.dropedge, config.missing_rate) == ("reference", 0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ("--data karate", "data"),
+        ("--model GCNII", "model"),
+        ("--norm_mode RMS", "norm_mode"),
+        ("--colour red", "colour"),
+        ("--nlayer two", "nlayer"),
+        ("--nlayer -3", "--nlayer must be at least 1, got -3"),
+        ("--nlayer 0", "--nlayer must be at least 1, got 0"),
+        ("--hid 0", "--hid must be at least 1"),
+        ("--epochs 0", "--epochs must be at least 1"),
+        ("--residual -1", "--residual must be at least 0"),
+        ("--dropout 1", r"--dropout must be in \[0, 1\), got 1.0"),
+        ("--dropedge 1.5", r"--dropedge must be in \[0, 1\)"),
+        ("--lr 0", "--lr must be > 0"),
+        ("--lr nan", "lr"),
+        ("--missing_rate 101", "--missing_rate is a percentage"),
+        ("--tau 0 --norm_mode CN --norm_scale 1", "--tau must be > 0"),
+        ("--eval_every 0", "--eval_every must be at least 1"),
+        ("--norm_mode CN", "--norm_mode CN needs --norm_scale other than 0"),
+        ("--norm_mode CN --norm_scale 0", "--norm_mode CN needs --norm_scale other than 0"),
+        ("--norm_mode LN --norm_scale 1", "--norm_scale has no effect with --norm_mode LN"),
+        ("--norm_mode PN --tau 2", "--tau and --implementation belong to --norm_mode CN"),
+        ("--implementation plain", "--tau and --implementation belong to --norm_mode CN"),
+        ("--data cora --split 3", "--split: cora has one split"),
+        ("--data texas --split 10", "--split must be 0 to 9"),
+        ("--model SGC --residual 2", "--residual: SGC has one linear layer"),
+    ],
+)
+def test_nonsense_is_refused(argv: str, told: str) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        parse(*argv.split())
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_yaml_key(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("nlayer: 4\ncolour: red\n")
+    with pytest.raises(UserError, match="colour"):
+        parse("--config", str(path))
+
+
+def test_the_command_line_wins_over_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("nlayer: 4\nnorm_mode: PN\n")
+    config = parse("--nlayer", "6", "--config", str(path))
+    assert (config.nlayer, config.norm_mode) == (6, "PN")
+
+
+def test_a_config_survives_its_yaml(tmp_path: Path, config: Any) -> None:
+    mine = config(norm_mode="CN", norm_scale=0.2, use_layer_norm=True, eval_every=5)
+    path = tmp_path / "args.yaml"
+    path.write_text(to_yaml(mine))
+    assert parse_config(Config, ["--config", str(path)], prog="gnn.main") == mine
+
+
+@pytest.mark.parametrize("name", get_args(DataName))
+def test_every_data_set_has_a_config_file(name: str, root: Path) -> None:
+    path = root / "gnn/configs" / f"{name}.yaml"
+    config = parse("--config", str(path))
+    assert config.data == name
+    assert set(yaml.safe_load(path.read_text())) >= {"data", "model", "hid", "dropout", "lr", "wd", "epochs"}
+
+
+def test_every_name_can_be_loaded() -> None:
+    assert set(get_args(DataName)) == {*SOURCES, "digits"}

@@ -1,0 +1,252 @@
+"""Training: the same numbers from the same seed, also after a kill; protocols; bad input leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pandas as pd
+import pytest
+import torch
+
+from gnn import data as graphs
+from gnn import train as training
+from gnn.config import Config, ModelName, NormName
+from gnn.data import Graph, as_graph
+from gnn.main import main
+from gnn.train import accuracies, train
+from repro.errors import Interrupted, UserError
+from repro.records import comparable
+from repro.run import Run
+
+Make = Callable[..., Config]
+Read = Callable[[str | Path], dict[str, Any]]
+pytestmark = pytest.mark.usefixtures("small_digits")
+
+
+def lines(folder: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+# -- every combination -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", get_args(ModelName))
+def test_one_epoch_of_every_norm(model: str, config: Make, record: Read, tmp_path: Path) -> None:
+    for norm in get_args(NormName):
+        scale = 1.0 if norm == "CN" else None
+        folder = tmp_path / norm
+        train(config(output_dir=str(folder), model=model, norm_mode=norm, norm_scale=scale, epochs=1), quiet=True)
+        found = record(folder)
+        assert 0 <= found["metrics"]["test_accuracy"] <= 1
+        assert found["nodes"] == {"train": 20, "validation": 15, "test": 25}
+        assert not (folder / "checkpoints").exists()
+
+
+# -- determinism and interruption --------------------------------------------------------------------------------------
+
+EVERYTHING = {
+    "norm_mode": "CN", "norm_scale": 1.0, "use_layer_norm": True, "dropedge": 0.3, "missing_rate": 30.0,
+    "protocol": "standard", "epochs": 12, "checkpoint_every": 3, "probe": True,
+}  # fmt: skip
+
+
+def test_same_seed_same_numbers(config: Make, record: Read, tmp_path: Path) -> None:
+    runs = []
+    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        train(config(**EVERYTHING, output_dir=str(tmp_path / name), seed=seed), quiet=True)
+        runs.append((comparable(record(tmp_path / name)), lines(tmp_path / name)))
+    assert runs[0] == runs[1]
+    assert runs[0][1] != runs[2][1]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of the program sees it."""
+
+
+@pytest.mark.parametrize("moment", ["log 1", "log 5", "log 12", "checkpoint 3", "checkpoint 12", "finish 1"])
+def test_killed_anywhere_and_started_again(
+    moment: str, config: Make, record: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = (config(**EVERYTHING, output_dir=str(tmp_path / name)) for name in ("whole", "broken"))
+    train(whole, quiet=True)
+    method, number = moment.split()
+    original, calls = getattr(Run, method), [0]
+
+    def dies(self: Run, *args: Any, **kwargs: Any) -> Any:
+        calls[0] += 3 if method == "checkpoint" else 1  # counted in epochs
+        if calls[0] == int(number):
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, method, dies)
+        with pytest.raises(Killed):
+            train(broken, quiet=True)
+    assert not (tmp_path / "broken/record.json").exists()
+    train(broken, quiet=True)
+    assert comparable(record(tmp_path / "broken")) == comparable(record(tmp_path / "whole"))
+    assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
+
+
+def command(python: str, folder: Path, *more: str) -> list[str]:
+    line = "-m gnn.main --data digits --nlayer 3 --norm_mode PN --dropedge 0.2 --epochs 40 --checkpoint_every 5"
+    return [python, *line.split(), "--device", "cpu", "--output_dir", str(folder), *more]
+
+
+def start_and_wait(argv: list[str], folder: Path, epochs: int) -> subprocess.Popen[str]:
+    """Start a run, and return when it has logged that many epochs."""
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    log = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= epochs):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+def test_signals_in_real_processes(python: str, tmp_path: Path, record: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL, then SIGTERM, then the same command: the record of an undisturbed run."""
+    monkeypatch.undo()  # the real digits, in this process as in the others
+    folder = tmp_path / "run"
+    first = start_and_wait(command(python, folder), folder, epochs=7)
+    first.kill()
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    second = start_and_wait(command(python, folder), folder, epochs=12)
+    second.send_signal(signal.SIGTERM)
+    errors = second.communicate(timeout=120)[1]
+    assert second.returncode == 128 + signal.SIGTERM, errors
+    assert "the same command goes on" in errors and not (folder / "record.json").exists()
+    main(command(python, folder)[3:])
+    main(command(python, tmp_path / "whole")[3:])
+    assert comparable(record(folder)) == comparable(record(tmp_path / "whole"))
+    assert lines(folder) == lines(tmp_path / "whole")
+
+
+def test_sigterm_saves_at_once(config: Make, record: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, stopped = (config(epochs=8, output_dir=str(tmp_path / name)) for name in ("whole", "stopped"))
+    train(whole, quiet=True)
+    original = Run.log
+
+    def log(self: Run, values: dict[str, Any]) -> None:
+        original(self, values)
+        if values["epoch"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log)
+        with pytest.raises(Interrupted) as left:
+            train(stopped, quiet=True)
+    assert left.value.code == 128 + signal.SIGTERM and len(lines(tmp_path / "stopped")) == 3
+    train(stopped, quiet=True)
+    assert comparable(record(tmp_path / "stopped")) == comparable(record(tmp_path / "whole"))
+
+
+def test_a_finished_run_is_left_alone(config: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    train(config(), quiet=True)
+    written = (tmp_path / "run/record.json").stat().st_mtime_ns
+    train(config())
+    assert "done already" in capsys.readouterr().out
+    assert (tmp_path / "run/record.json").stat().st_mtime_ns == written
+    with pytest.raises(UserError, match=r"other settings \(seed=0 there, 1 here\)"):
+        train(config(seed=1))
+
+
+# -- what is reported --------------------------------------------------------------------------------------------------
+
+
+def test_reference_protocol_reports_the_last_epoch(config: Make, record: Read, tmp_path: Path) -> None:
+    train(config(eval_every=1, epochs=6), quiet=True)
+    found = record(tmp_path / "run")
+    assert (found["protocol"], found["selection"], found["epoch"]) == ("reference", "last epoch", 6)
+    assert found["metrics"]["test_accuracy"] == lines(tmp_path / "run")[-1]["test_accuracy"]
+    assert found["nodes"]["test"] == 25
+
+
+def test_standard_protocol_reports_the_first_best_epoch(config: Make, record: Read, tmp_path: Path) -> None:
+    train(config(protocol="standard", epochs=15, lr=0.05), quiet=True)
+    found, log = record(tmp_path / "run"), lines(tmp_path / "run")
+    best = max(log, key=lambda line: line["validation_accuracy"])  # the first of equals
+    assert (found["selection"], found["epoch"]) == ("best validation accuracy", best["epoch"])
+    assert found["metrics"] == {name: best[name] for name in ("test_accuracy", "validation_accuracy")}
+    assert found["nodes"]["test"] == 15
+
+
+def test_accuracies_count_right_answers(make_data: Callable[..., Any]) -> None:
+    graph: Graph = as_graph("small", make_data())
+
+    class Oracle(torch.nn.Module):
+        def forward(self, x: Any, adjacency: Any) -> torch.Tensor:
+            answers = graph.y.clone()
+            answers[graph.test.nonzero()[:3, 0]] += 1  # three of the 15 test nodes wrong
+            return torch.nn.functional.one_hot(answers % 4, 4).float()
+
+    got = accuracies(Oracle(), None, None, graph, "standard")  # type: ignore[arg-type]
+    assert got == {"test_accuracy": 12 / 15, "validation_accuracy": 1.0}
+    assert accuracies(Oracle(), None, None, graph, "reference")["test_accuracy"] == 22 / 25  # type: ignore[arg-type]
+
+
+def test_probe_has_one_value_per_hidden_layer(config: Make, record: Read, tmp_path: Path) -> None:
+    train(config(probe=True, nlayer=5, norm_mode="PN"), quiet=True)
+    probe = record(tmp_path / "run")["probe"]
+    frame = pd.read_csv(tmp_path / "run/probe.csv")
+    assert frame["layer"].tolist() == [1, 2, 3, 4]
+    for name in ("mean_cosine", "effective_rank", "variance"):
+        assert frame[name].tolist() == pytest.approx(probe[name])
+    assert all(0 <= c <= 1 for c in probe["mean_cosine"]) and all(r >= 1 for r in probe["effective_rank"])
+
+
+def test_probing_does_not_change_the_numbers(config: Make, record: Read, tmp_path: Path) -> None:
+    for name, probe in (("a", True), ("b", False)):
+        train(config(output_dir=str(tmp_path / name), probe=probe, use_layer_norm=True), quiet=True)
+    assert record(tmp_path / "a")["metrics"] == record(tmp_path / "b")["metrics"]
+
+
+def test_a_record_holds_what_a_reader_needs(config: Make, record: Read, tmp_path: Path) -> None:
+    train(config(norm_mode="CN", norm_scale=0.5, use_layer_norm=True), quiet=True)
+    found = record(tmp_path / "run")
+    assert found["experiment"] == "gnn" and found["seed"] == 0 and found["config"]["norm_scale"] == 0.5
+    assert found["seconds"] > 0 and found["peak_rss_mb"] > 0 and found["parameters"] > 0
+    assert "scale=0.5" in found["norm"] and "shared by all hidden layers" in found["norm"]
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_left_behind_by_bad_graphs(
+    make_data: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_data()
+    data.x[3, 1] = float("nan")
+    monkeypatch.setattr(graphs, "digits", lambda: data)
+    flags = ["--data", "digits", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="digits: the features of node 3 hold NaN"):
+        main(flags)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="--data_root"):
+        main(["--data", "dblp", "--data_root", str(tmp_path), *flags[2:]])
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_gpu(config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: torch sees no GPU"):
+        training.train(config(device="cuda"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", ["--norm_mode CN", "--data karate", "--colour red", "--nlayer -2"])
+def test_exit_code_2_and_one_line(flags: str, python: str, tmp_path: Path) -> None:
+    argv = [python, "-m", "gnn.main", *flags.split(), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: gnn.main: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,203 @@
+"""The shell of gnn/: what it would run, that every line of it trains, and the way from lines to a table and a figure."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gnn import data as graphs
+from gnn import train as training
+from gnn.config import Config
+from gnn.main import main
+from gnn.pyg import Data
+from repro import figures, sweep, tables
+from repro.config import parse_config
+
+NORMS = ("None", "LN", "PN", "PN-SI", "PN-SCS")
+
+
+@pytest.fixture
+def listener(tmp_path: Path) -> Path:
+    """An interpreter that writes down its arguments and its input, one call after the other."""
+    program = tmp_path / "python"
+    program.write_text(
+        f'#!/usr/bin/env bash\nprintf "ARGS %s\\n" "$*" >> {tmp_path}/heard\n[ -t 0 ] || cat >> {tmp_path}/heard\n'
+    )
+    program.chmod(0o755)
+    return program
+
+
+def hear(listener: Path, script: Path, *arguments: str, **variables: str) -> tuple[list[str], list[list[str]]]:
+    """(arguments of each call of the interpreter, the words of each line piped into it)."""
+    (listener.parent / "heard").unlink(missing_ok=True)
+    subprocess.run(
+        ["bash", str(script), *arguments], check=True, cwd="/", stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHON": str(listener), **variables},
+    )  # fmt: skip
+    heard = (listener.parent / "heard").read_text().splitlines()
+    calls = [line.removeprefix("ARGS ") for line in heard if line.startswith("ARGS ")]
+    return calls, [shlex.split(line) for line in heard if not line.startswith("ARGS ")]
+
+
+def parse(words: list[str], root: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.chdir(root)  # lines name configs relative to the repository
+    flags = words[words.index("gnn.main") + 1 :]
+    return parse_config(Config, flags if "--output_dir" in flags else [*flags, "--output_dir=x"], prog="gnn.main")
+
+
+@pytest.fixture
+def one_small_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every data set becomes a graph of 60 nodes."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(60) % 3
+    x = torch.rand(60, 12, generator=generator)
+    edges = torch.randint(0, 60, (2, 240), generator=generator)
+    masks = [torch.arange(60) // 20 == part for part in range(3)]
+    data = Data(x=x, y=y, edge_index=edges, train_mask=masks[0], val_mask=masks[1], test_mask=masks[2])
+    monkeypatch.setattr(training, "load_graph", lambda name, *args, **kwargs: graphs.as_graph(name, data))
+
+
+def test_one_cell(listener: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = root / "gnn/run_baselines.sh"
+    (call,), _ = hear(listener, script, "cora", "8", "CN", "1.0", "3", "--", "--use_layer_norm", "--epochs", "7")
+    config = parse(call.split(), root, monkeypatch)
+    assert (config.data, config.nlayer, config.norm_mode, config.norm_scale, config.seed) == ("cora", 8, "CN", 1.0, 3)
+    assert config.use_layer_norm and config.epochs == 7
+    (call,), _ = hear(listener, script, DATA="texas", NLAYER="16", NORM="PN")
+    other = parse(call.split(), root, monkeypatch)
+    assert (other.data, other.nlayer, other.norm_mode, other.norm_scale, other.seed) == ("texas", 16, "PN", None, 0)
+    assert other.output_dir != config.output_dir
+
+
+def test_the_sweep_is_table_3(listener: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, lines = hear(listener, root / "gnn/run_different_baselines.sh", "--dry-run", JOBS="3")
+    assert calls == ["-m repro.sweep --results results/table3/runs --jobs 3 --cluster local --dry-run"]
+    assert len(lines) == len({tuple(words) for words in lines}) == 4 * 5 * (2 * len(NORMS) + 4) * 5
+    distinct = {tuple(word for word in words[:-2]): words for words in lines}  # the seed comes last
+    configs = [parse(words, root, monkeypatch) for words in distinct.values()]
+    assert {c.data for c in configs} == {"cora", "citeseer", "chameleon", "squirrel"}
+    assert {c.nlayer for c in configs} == {2, 4, 8, 16, 32}
+    assert {int(words[-1]) for words in lines} == {0, 1, 2, 3, 4}
+    assert all((c.protocol, c.epochs, c.hid) == ("reference", 200, 32) for c in configs)
+    per_cell = Counter((c.norm_mode, c.norm_scale, c.use_layer_norm) for c in configs)
+    expected = {(norm, None, layer_norm) for norm in NORMS for layer_norm in (False, True)}
+    assert set(per_cell) == expected | {("CN", scale, True) for scale in (0.2, 0.5, 0.8, 1.0)}
+    assert set(per_cell.values()) == {4 * 5}
+
+
+def test_variables_choose_the_cells(listener: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {"DATASETS": "digits", "DEPTHS": "3", "NORMS": "PN CN", "SCALES": "0.2", "SEEDS": "7", "RESULTS": "/r"}
+    calls, lines = hear(
+        listener,
+        root / "gnn/run_different_baselines.sh",
+        **chosen,
+        PROTOCOL="standard",
+        FLAGS="--probe",
+        CLUSTER="slurm",
+    )
+    assert calls == ["-m repro.sweep --results /r --jobs 2 --cluster slurm"]
+    configs = [parse(words, root, monkeypatch) for words in lines]
+    assert len(configs) == 3 and all(c.probe and c.seed == 7 and c.nlayer == 3 for c in configs)
+    assert {c.protocol for c in configs} == {"standard"}
+
+
+def test_every_distinct_line_trains(
+    listener: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_small_graph: None
+) -> None:
+    """Every combination of norm, scale, LayerNorm and depth of the default sweep, each data set once."""
+    _, lines = hear(listener, root / "gnn/run_different_baselines.sh", SEEDS="0")
+    monkeypatch.chdir(root)
+    first = lines[: len(lines) // 4]
+    others = {words[words.index("--config") + 1]: words for words in lines}
+    chosen = [*first, *others.values()]
+    assert len(chosen) == 5 * 14 + 4
+    for number, words in enumerate(chosen):
+        main([*words[3:], "--epochs=1", "--device=cpu", f"--output_dir={tmp_path / str(number)}"])
+        record = json.loads((tmp_path / str(number) / "record.json").read_text())
+        assert 0 <= record["metrics"]["test_accuracy"] <= 1
+
+
+def test_table3_calls_what_exists(listener: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = root / "scripts/reproduce_table3.sh"
+    calls, lines = hear(listener, script, DATASETS="cora texas", DEPTHS="2", NORMS="None", SEEDS="0", RESULTS="/r/runs")
+    assert len(lines) == 4
+    parsed: list[Any] = []
+    for call in calls[1:]:
+        words = shlex.split(call.replace("{data: ", "'{data: ").replace("}", "}'"))
+        module = {"repro.tables": tables, "repro.figures": figures}[words[1]]
+        parsed.append(parse_config(module.Config, words[2:], prog=words[1]))
+    assert [c.output for c in parsed] == [
+        "/r/table3.md", "/r/table3.csv", "/r/table3_best_scale.md", "/r/cora.png", "/r/texas.png",
+    ]  # fmt: skip
+    assert [c.where for c in parsed[3:]] == [{"data": "cora"}, {"data": "texas"}]
+    for flag in ("--dry-run", "--status"):
+        assert len(hear(listener, script, flag)[0]) == 1
+
+
+def test_from_lines_to_table_and_figures(
+    listener: Path,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_small_graph: None,
+) -> None:
+    """The folders and records that a sweep leaves are what repro.tables and repro.figures read."""
+    chosen = {"DATASETS": "digits", "DEPTHS": "2 4", "NORMS": "None PN CN", "SCALES": "0.2 1.0", "SEEDS": "0 1"}
+    _, lines = hear(listener, root / "gnn/run_different_baselines.sh", **chosen, FLAGS="--epochs 2 --probe")
+    runs = tmp_path / "runs"
+    cells, _ = sweep.read_cells([shlex.join(words) for words in lines], runs)
+    monkeypatch.chdir(root)
+    for cell in cells:
+        main(list(cell.argv[3:]))
+    assert {sweep.status(cell).state for cell in cells} == {"done"}
+    capsys.readouterr()
+    tables.main(["--preset", "table3", "--records", str(runs)])
+    text = capsys.readouterr().out
+    rows = [line.split("|")[2].strip() for line in text.splitlines() if line.startswith("| digits")]
+    assert rows == [
+        "None", "None + LayerNorm", "PN", "PN + LayerNorm", "CN s=0.2 + LayerNorm", "CN s=1 + LayerNorm",
+    ]  # fmt: skip
+    assert "nlayer 2" in text and "nlayer 4" in text and text.count("(2)") == 2 * len(rows)
+    best = "--rows data,norm_mode,use_layer_norm --best norm_scale --by validation_accuracy".split()
+    tables.main(["--preset", "table3", "--records", str(runs), *best])
+    assert capsys.readouterr().out.count("| CN ") == 1
+    for kind, where in (("depth", "{data: digits}"), ("collapse", '{data: digits, nlayer: "4"}')):
+        picture = tmp_path / f"{kind}.png"
+        figures.main(["--records", str(runs), "--kind", kind, "--where", where, "--output", str(picture)])
+        assert picture.stat().st_size > 5000
+
+
+def test_which_python(root: Path, tmp_path: Path) -> None:
+    """PYTHON of the caller, else the repository's .venv, else the one on PATH."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/python.sh").write_text((root / "scripts/python.sh").read_text())
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "VENV")}
+
+    def chosen(**variables: str) -> str:
+        shell = "set -euo pipefail; source scripts/python.sh; bash -c 'echo $PYTHON'"
+        done = subprocess.run(
+            ["bash", "-c", shell], cwd=tmp_path, env=clean | variables, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    assert chosen() == "python"
+    assert chosen(PYTHON=sys.executable) == sys.executable
+    interpreter = tmp_path / ".venv/bin/python"
+    interpreter.parent.mkdir(parents=True)
+    interpreter.symlink_to(sys.executable)
+    assert chosen() == str(interpreter)
+    assert chosen(PYTHON=sys.executable) == sys.executable
+    interpreter.unlink()
+    (tmp_path / "other/bin").mkdir(parents=True)
+    (tmp_path / "other/bin/python").symlink_to(sys.executable)
+    assert chosen(VENV=str(tmp_path / "other")) == str(tmp_path / "other/bin/python")
