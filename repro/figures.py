@@ -111,7 +111,7 @@ def draw_collapse(frame: pd.DataFrame, settings: list[str], config: Config, axes
 
 def _by_layer(lists: dict[str, list[Any]]) -> pd.DataFrame:
     """One row per layer; layers are counted from 1 where the record does not number them."""
-    table = pd.DataFrame(lists).apply(pd.to_numeric, errors="coerce")
+    table = pd.DataFrame({name: pd.to_numeric(pd.Series(values), errors="coerce") for name, values in lists.items()})
     if "layer" not in table:
         table["layer"] = range(1, len(table) + 1)
     return table

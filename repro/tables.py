@@ -81,7 +81,8 @@ PRESETS: dict[str, dict[str, str]] = {
 def prepare(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Config fields under their own names, and which those are.
 
-    A result that is named as a setting becomes `record.<name>`. The gnn records also get `norm`, a row label made of mode, scale and LayerNorm.
+    A result that is named as a setting becomes `record.<name>`. The gnn records also get `norm`, a row label made of
+    mode, scale and LayerNorm.
     """
     settings = [c.removeprefix("config.") for c in frame.columns if c.startswith("config.")]
     names = {c: f"record.{c}" for c in frame.columns if c in settings and c != "seed"}  # a result named as a setting
