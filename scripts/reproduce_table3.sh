@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
-# Table 3 of the paper: the whole sweep, then the table and the figure. Takes the variables of
+# Table 3 of the paper: the whole sweep, then two tables (every scale of ContraNorm; the scale of best validation
+# accuracy, the same for every scaled norm) and a figure per data set. Takes the variables of
 # gnn/run_different_baselines.sh (DATASETS, DEPTHS, NORMS, SCALES, SEEDS, ...); `--dry-run` prints the plan only.
 # Stopped in the middle, the same command goes on.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="${PYTHON:-python}"
 export PYTHON RESULTS="${RESULTS:-results/table3/runs}"
+folder="$(dirname "$RESULTS")"
 
-bash gnn/run_different_baselines.sh "$@"
-for argument in "$@"; do [ "$argument" = --dry-run ] && exit 0; done
-"$PYTHON" -m repro.tables table3 --results "$RESULTS" --output_dir "$(dirname "$RESULTS")"
-"$PYTHON" -m repro.figures table3 --results "$RESULTS" --output_dir "$(dirname "$RESULTS")"
+status=0
+bash gnn/run_different_baselines.sh "$@" || status=$?
+for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) exit "$status" ;; esac; done
+if [ "$status" -gt 1 ]; then exit "$status"; fi # 1: some cells failed, and the rest make a table
+"$PYTHON" -m repro.tables --preset table3 --records "$RESULTS" --output "$folder/table3.md"
+"$PYTHON" -m repro.tables --preset table3 --records "$RESULTS" --output "$folder/table3_chosen.md" \
+    --rows data,norm_mode,use_layer_norm --best norm_scale --by validation_accuracy
+"$PYTHON" -m repro.figures --records "$RESULTS" --kind depth --each data --output "$folder/depth.png"
+exit "$status"

@@ -19,7 +19,7 @@ done
 marks="$slow${slow:+${slurm:+ and }}$slurm"
 
 if [ -n "${CONTRANORM_DATA:-}" ]; then CONTRANORM_DATA="$(realpath -m "$CONTRANORM_DATA")"; export CONTRANORM_DATA; fi
-timeout --foreground "${INSTALL_SECONDS:-600}" bash "$scripts/setup.sh" # bounded; sourcing it then only sets PYTHON and the folder
+timeout --foreground "${INSTALL_SECONDS:-600}" bash "$scripts/setup.sh" # what is left for the sourced one: PYTHON, cd
 source "$scripts/setup.sh"
 export OMP_NUM_THREADS=1
 
