@@ -242,7 +242,7 @@ class Run:
             "selection": selection,
             "metrics": _plain(metrics),
             "seed": getattr(self.config, "seed", None),
-            "config": yaml.safe_load(to_yaml(self.config)),
+            "config": _plain(yaml.safe_load(to_yaml(self.config))),
             **_plain(extra),
             "seconds": round(self.seconds, 3),
             "peak_rss_mb": round(peak_rss_mb(), 1),

@@ -53,8 +53,8 @@ def alive(pid):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("python -m gnn.main --config gnn/configs/cora.yaml --nlayer 8 --norm_mode CN --norm_scale 0.2 --use_layer_norm",
-         "gnn.main-cora-nlayer8-CN-norm_scale0.2-use_layer_norm"),
+        ("python -m gnn.main --config gnn/configs/cora.yaml --nlayer 8 --norm_mode CN --norm_scale 0.2 --probe",
+         "gnn.main-cora-nlayer8-CN-norm_scale0.2-probe"),
         ("torchrun --standalone --nproc-per-node=2 -m ViT_imagenet.main --depth 12",
          "nproc-per-node2-ViT_imagenet.main-depth12"),
         ("python x/run.py --lr=1e-3 --data /some/where", "run-lr1e-3"),
