@@ -210,8 +210,8 @@ def verify(path: Path, recorded_as: str) -> None:
         raise UserError(f"{recorded_as}: no sha256 is recorded for this file, so it is not read")
     elif (found := hashlib.sha256(data).hexdigest()) != expected:
         raise UserError(
-            f"{recorded_as}: truncated or changed (sha256 {found[:12]}…, recorded {expected[:12]}…, {len(data)} bytes): "
-            "fetch the original again"
+            f"{recorded_as}: truncated or changed (sha256 {found[:12]}…, recorded {expected[:12]}…, {len(data)} bytes)"
+            ": fetch the original again"
         )
 
 

@@ -116,9 +116,16 @@ def save_checkpoint(folder: Path, step: int, state: Any) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _fsync_folder(folder)
-    for old in list_checkpoints(folder)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+    for leftover in [*_superseded(folder, target), *folder.glob(".tmp-step-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
     return target
+
+
+def _superseded(folder: Path, newest: Path) -> list[Path]:
+    """All but the last two up to `newest`; a later step is a damaged checkpoint that a fall-back has left behind."""
+    paths = list_checkpoints(folder)
+    current = [p for p in paths if p.name <= newest.name]
+    return [p for p in paths if p not in current[-KEEP:]]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

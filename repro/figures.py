@@ -5,6 +5,7 @@ Example: python -m repro.figures --records results/table3/runs --kind depth --ou
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import pandas as pd
 from repro.config import parse_config
 from repro.errors import UserError, run_main
 from repro.records import load_records
-from repro.tables import aggregate, label_order, prepare
+from repro.tables import aggregate, label_order, names_in, prepare, text_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend first: no display is needed)
@@ -49,9 +50,12 @@ class Config:
     x: str = "nlayer"
     """The config field on the horizontal axis of `depth`; its values are the curves' points."""
     label: str = "norm"
-    """The field whose values are the curves."""
+    """The field whose values are the curves; several, separated by commas, are joined: `norm,scale`."""
     where: dict[str, str] = field(default_factory=dict)
     """Keep only runs whose config fields have these values: `--where '{data: cora, nlayer: "16"}'`."""
+    each: str | None = None
+    """One figure for each value of this field (or of several, separated by commas), put into the file's name:
+    depth.png becomes depth-cora.png."""
     title: str = ""
     """Printed above the figure."""
 
@@ -89,12 +93,9 @@ def draw_depth(frame: pd.DataFrame, settings: list[str], config: Config, axes: A
 
 def draw_collapse(frame: pd.DataFrame, settings: list[str], config: Config, axes: list[Axes]) -> None:
     """Each collapse metric against the layer, one curve per label: the mean over seeds."""
-    key = next((k for k in ("collapse", "record.probe") if k in frame), "")
-    probed = frame[frame[key].map(lambda v: isinstance(v, dict))] if key else frame.iloc[:0]
-    if probed.empty:
-        raise UserError("no record holds collapse metrics: run the cells with --probe")
+    probed = frame.dropna(subset="layers")
     for index, label in enumerate(label_order(probed, config.label)):
-        runs = [_by_layer(run) for run in probed[probed[config.label] == label][key]]
+        runs = [_by_layer(run) for run in probed[probed[config.label] == label]["layers"]]
         mean = pd.concat(runs).groupby("layer").mean()
         if len({len(run) for run in runs}) > 1:
             raise UserError(f"{label}: runs of different depth in one curve: choose with --where '{{{config.x}: ...}}'")
@@ -109,28 +110,57 @@ def draw_collapse(frame: pd.DataFrame, settings: list[str], config: Config, axes
     axes[-1].set_yscale("symlog", linthresh=1e-6)
 
 
-def _by_layer(lists: dict[str, list[Any]]) -> pd.DataFrame:
-    """One row per layer; layers are counted from 1 where the record does not number them."""
-    table = pd.DataFrame(lists).apply(pd.to_numeric, errors="coerce")
+def _layers(frame: pd.DataFrame) -> pd.Series[Any]:
+    """The collapse metrics of each run, None where it was not probed."""
+    key = next((k for k in ("collapse", "record.probe") if k in frame), None)
+    if key is None:
+        return pd.Series([None] * len(frame), index=frame.index)
+    return frame[key].map(lambda value: value if isinstance(value, (dict, list)) else None)
+
+
+def _by_layer(metrics: dict[str, list[Any]] | list[dict[str, Any]]) -> pd.DataFrame:
+    """One row per layer, from lists by metric or mappings by layer; counted from 1 where the record has no numbers."""
+    texts = pd.DataFrame(metrics).drop(columns=["module", "call"], errors="ignore")
+    table = pd.DataFrame({name: pd.to_numeric(texts[name], errors="coerce") for name in texts})
     if "layer" not in table:
         table["layer"] = range(1, len(table) + 1)
     return table
 
 
-def draw(config: Config) -> Path:
-    """Draw the figure; returns its path.
+def draw(config: Config) -> list[Path]:
+    """Draw the figure, or one for each value of `--each`; returns the paths.
 
     Raises:
         UserError: records are missing, damaged, mixed, or lack what is to be drawn.
     """
     frame, settings = prepare(load_records(config.records))
-    for name in [config.label, *config.where]:
+    curves, each = names_in(config.label), names_in(config.each)
+    for name in [*curves, *each, *config.where]:
         if name not in frame:
             raise UserError(f"{name}: no config field of these records")
     for name, wanted in config.where.items():
         frame = frame[frame[name].map(str) == str(wanted)]
+    if config.kind == "collapse":
+        frame = frame.assign(layers=_layers(frame)).dropna(subset="layers")
+        if frame.empty:
+            raise UserError("no record holds collapse metrics: run the cells with --probe")
     if frame.empty:
         raise UserError("no record is left after --where")
+    if len(curves) > 1:
+        joined = [" ".join(filter(None, map(text_of, row))) for row in frame[curves].to_numpy(dtype=object)]
+        frame, config = frame.assign(label=joined), dataclasses.replace(config, label="label")
+    output = Path(config.output)
+    if not each:
+        return [_draw_one(frame, settings, config, output, config.title)]
+    paths = []
+    for values, part in frame.groupby(each):
+        title = " ".join(map(str, values))
+        path = output.with_stem(f"{output.stem}-{'-'.join(map(str, values))}")
+        paths.append(_draw_one(part, settings, config, path, f"{config.title} {title}".strip()))
+    return paths
+
+
+def _draw_one(frame: pd.DataFrame, settings: list[str], config: Config, output: Path, title: str) -> Path:
     panels = 1 if config.kind == "depth" else len(COLLAPSE)
     figure, grid = plt.subplots(1, panels, figsize=(6.5 if panels == 1 else 4.2 * panels, 4.2), squeeze=False)
     try:
@@ -144,24 +174,25 @@ def draw(config: Config) -> Path:
             panel.spines[["top", "right"]].set_visible(False)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-        figure.suptitle(config.title)
+        figure.suptitle(title)
         figure.set_layout_engine("constrained")
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(config.output, dpi=160, metadata=_undated(config.output))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=160, metadata=_undated(output))
     finally:
         plt.close(figure)
-    return Path(config.output)
+    return output
 
 
-def _undated(output: str) -> dict[str, Any]:
+def _undated(output: Path) -> dict[str, Any]:
     """The same records give the same file, byte for byte: no creation date in it."""
-    return {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(Path(output).suffix.lower(), {})
+    return {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(output.suffix.lower(), {})
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(Config, argv, prog="python -m repro.figures", description=__doc__ or "")
-    print(f"wrote {draw(config)}", file=sys.stderr)
+    for path in draw(config):
+        print(f"wrote {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
 
+import numpy as np
 import torch
 import yaml
 
 from repro.checkpoint import load_checkpoint, save_checkpoint, write_atomic
-from repro.config import to_yaml
+from repro.config import load_yaml, to_yaml
 from repro.errors import Interrupted, UserError
 
 SCHEMA = 1
@@ -131,7 +132,7 @@ class Run:
             try:
                 self._check_same_config()
             except BaseException:
-                self._lock.close()  # this folder is not ours: let go of it at once
+                self._lock.close()  # __exit__ is not called for a block that was never entered
                 raise
         for signum in (signal.SIGTERM, signal.SIGUSR2):
             self._handlers[signum] = signal.signal(signum, self._on_signal)
@@ -157,7 +158,9 @@ class Run:
         path = self.folder / "args.yaml"
         mine = yaml.safe_load(to_yaml(self.config))
         if path.exists():
-            theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
+            theirs = load_yaml(path)
+            if not isinstance(theirs, dict):
+                raise UserError(f"{path}: not the settings of a run: delete the folder to run again")
             names = [k for k in {**theirs, **mine} if k not in LOCATION_FIELDS and theirs.get(k) != mine.get(k)]
             if names:
                 told = ", ".join(f"{k}={theirs.get(k)!r} there, {mine.get(k)!r} here" for k in names[:3])
@@ -239,7 +242,7 @@ class Run:
             "selection": selection,
             "metrics": _plain(metrics),
             "seed": getattr(self.config, "seed", None),
-            "config": yaml.safe_load(to_yaml(self.config)),
+            "config": _plain(yaml.safe_load(to_yaml(self.config))),
             **_plain(extra),
             "seconds": round(self.seconds, 3),
             "peak_rss_mb": round(peak_rss_mb(), 1),
@@ -265,17 +268,15 @@ def _readable(argv: list[str]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Tensors and NumPy scalars become numbers; NaN and infinities, which JSON lacks, become strings."""
+    """Tensors and NumPy values become numbers; NaN and infinities, which JSON lacks, become strings."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _plain(dataclasses.asdict(value))
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
         return _plain(value.tolist())
-    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
-        return _plain(value.item())
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

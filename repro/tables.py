@@ -53,26 +53,46 @@ class Config:
     best: str | None = None
     """A field to choose per cell (say norm_scale): the value with the highest mean of `--by` is shown."""
     by: str | None = None
-    """The metric that chooses; a validation metric, as choosing by test overstates what is reached."""
+    """The metric that chooses: one of a validation set, as choosing by test would overstate what is reached."""
+    average: str | None = None
+    """Comma-separated columns whose mean becomes a further column, run by run (those of equal seed belong together);
+    where some row lacks one of them, it is taken over the columns that all rows have, and named so."""
     format: Literal["markdown", "csv", "latex"] = "markdown"
     """How the table is written."""
     percent: bool = True
     """Show fractions times 100."""
     output: str | None = None
-    """File to write; standard output when left out."""
+    """File to write the table to, beside printing it."""
 
     def __post_init__(self) -> None:
         if not self.records:
             raise ValueError("--records is missing: name a folder of runs")
         if (self.best is None) != (self.by is None):
             raise ValueError("--best and --by belong together: the field to choose, and the metric that chooses")
+        if self.by is not None and "test" in self.by:
+            raise ValueError(f"--by {self.by}: a choice by test numbers is none; name a validation metric")
+        if self.average and self.columns == "":
+            raise ValueError("--average needs --columns: it is the mean over some of them")
 
 
 PRESETS: dict[str, dict[str, str]] = {
-    "table1": {"rows": "model,norm", "columns": "task", "metric": "score"},
-    "table2": {"rows": "data,model,norm", "columns": "depth", "metric": "top1"},
+    "table1": {
+        "rows": "model,norm",
+        "columns": "task",
+        "metric": "score",
+        "average": "cola,mnli,mrpc,qnli,qqp,rte,sst2,stsb",  # all of GLUE but WNLI, as in the paper
+    },
+    "table2": {"rows": "data_set,model,norm,scale", "columns": "depth", "metric": "test_accuracy"},
     "table3": {"rows": "data,norm", "columns": "nlayer", "metric": "test_accuracy"},
 }
+
+
+AVERAGE = "average"  # column name; also how paper.yaml names a mean over tasks
+
+
+def names_in(text: str | None) -> list[str]:
+    """The names of a comma-separated list."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 # -- the cells -------------------------------------------------------------------------------------------------------
@@ -81,7 +101,8 @@ PRESETS: dict[str, dict[str, str]] = {
 def prepare(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Config fields under their own names, and which those are.
 
-    A result that is named as a setting becomes `record.<name>`. The gnn records also get `norm`, a row label made of mode, scale and LayerNorm.
+    A result that is named as a setting becomes `record.<name>`. The gnn records also get `norm`, a row label made of
+    mode, scale and LayerNorm.
     """
     settings = [c.removeprefix("config.") for c in frame.columns if c.startswith("config.")]
     names = {c: f"record.{c}" for c in frame.columns if c in settings and c != "seed"}  # a result named as a setting
@@ -139,6 +160,31 @@ def aggregate(frame: pd.DataFrame, keys: list[str], metric: str, settings: list[
     return pd.DataFrame(cells)
 
 
+def add_average(
+    cells: pd.DataFrame, frame: pd.DataFrame, rows: list[str], columns: str, metric: str, wanted: list[str]
+) -> pd.DataFrame:
+    """The cells, and for each row one more: the mean over `wanted` columns of each seed's runs, over seeds.
+
+    Its column is called `average`, or `average of a, b` when these are all of `wanted` that every row has: such a mean
+    is not comparable with a published one. No column is added when that leaves fewer than two.
+    """
+    groups = list(frame.groupby(rows, dropna=False, sort=False))
+    shared = [w for w in wanted if all((group[columns].astype(str) == w).any() for _, group in groups)]
+    if len(shared) < 2:
+        return cells
+    name = AVERAGE if len(shared) == len(wanted) else f"{AVERAGE} of {', '.join(shared)}"
+    added = []
+    for values, group in groups:
+        part = group[group[columns].astype(str).isin(shared)]
+        by_seed = part.pivot_table(index="seed", columns=columns, values=f"metrics.{metric}").dropna().mean(axis=1)
+        if len(by_seed):
+            labels = dict(zip(rows, values, strict=True))
+            known = {k: part[k].iloc[0] for k in ("protocol", "selection", "experiment")}
+            spread = {"mean": by_seed.mean(), "std": by_seed.std(ddof=1), "n": len(by_seed)}
+            added.append({**known, **labels, columns: name, **spread})
+    return pd.concat([cells, pd.DataFrame(added)], ignore_index=True)
+
+
 def _check_unmixed(group: pd.DataFrame, settings: list[str], where: str) -> None:
     for name in ("protocol", "selection", "experiment", *settings):
         values = sorted({str(v) for v in group[name]})
@@ -188,7 +234,7 @@ def compare(cells: pd.DataFrame, keys: list[str], metric: str, entries: list[Ent
         found = {kind: [e for e in entries if e.kind == kind and e.fits(known, metric)] for kind in _KIND_TITLES}
         if not any(found.values()):
             continue
-        row: dict[str, str] = {key: str(cell[key]) for key in keys}
+        row: dict[str, str] = {key: text_of(cell[key]) for key in keys}
         for kind, title in _KIND_TITLES.items():
             row[title] = " / ".join(show(e.mean, e.std, e.n, percent) for e in found[kind])
         row["ours"] = show(cell["mean"], cell["std"], cell["n"], percent)
@@ -213,16 +259,23 @@ def show(mean: float, std: float | None, n: int | None, percent: bool = True) ->
     return text if n is None else f"{text} ({int(n)})"
 
 
+def text_of(value: Any) -> str:
+    """A field's value; nothing where it is not set."""
+    return "" if value is None or (isinstance(value, float) and pd.isna(value)) else str(value)
+
+
 def pivot(cells: pd.DataFrame, rows: list[str], columns: str, percent: bool) -> pd.DataFrame:
     """The cells as text, rows in order of appearance, columns in their natural order."""
     texts = cells.assign(text=[show(c["mean"], c["std"], c["n"], percent) for _, c in cells.iterrows()])
     if not columns:
         return texts[[*rows, "text"]].rename(columns={"text": "mean ± std (n)"})
-    order = sorted(texts[columns].unique())
+    present = list(dict.fromkeys(texts[columns]))
+    averages = [c for c in present if str(c).startswith(AVERAGE)]
+    order = sorted(c for c in present if c not in averages) + averages
     table = []
     for values, group in texts.groupby(rows, dropna=False, sort=False):
         by_column = dict(zip(group[columns], group["text"], strict=True))
-        line = dict(zip(rows, map(str, values), strict=True))
+        line = dict(zip(rows, map(text_of, values), strict=True))
         table.append(line | {f"{columns} {value}": by_column.get(value, "") for value in order})
     return pd.DataFrame(table)
 
@@ -258,8 +311,7 @@ def _caption(frame: pd.DataFrame, config: Config) -> str:
         f"{len(frame)} runs, seeds {', '.join(map(str, seeds)) or 'not recorded'}",
     ]
     if config.best:
-        warning = " (a TEST metric: overstates)" if "test" in str(config.by) else ""
-        parts.append(f"{config.best} chosen per cell by the highest mean {config.by}{warning}")
+        parts.append(f"{config.best} chosen per cell by the highest mean {config.by}")
     return "; ".join(parts) + "."
 
 
@@ -272,7 +324,7 @@ def build(config: Config, entries: list[Entry]) -> str:
         frame = frame[frame[name].map(str) == str(wanted)]
     if frame.empty:
         raise UserError("no record is left after --where")
-    rows, columns = [r.strip() for r in str(config.rows).split(",") if r.strip()], config.columns or ""
+    rows, columns = names_in(config.rows), config.columns or ""
     keys = [*rows, columns] if columns else rows
     metric = str(config.metric)
     if config.best and config.by:
@@ -286,6 +338,8 @@ def build(config: Config, entries: list[Entry]) -> str:
             "or choose one with --where '{protocol: ...}'"
         )
     cells = _sorted(cells, rows)
+    if config.average and columns:
+        cells = add_average(cells, frame, rows, columns, metric, names_in(config.average))
     table = render(pivot(cells, rows, columns, config.percent), config.format)
     beside = compare(cells, keys, metric, entries, config.percent)
     if config.format == "csv":
@@ -301,7 +355,7 @@ NORM_ORDER = ("None", "LN", "PN", "PN-SI", "PN-SCS", "BatchNorm", "CN")
 def _sorted(cells: pd.DataFrame, rows: list[str]) -> pd.DataFrame:
     """Rows as a reader expects them: baselines first, without the LayerNorm before with it, scales ascending."""
     if "norm_mode" not in cells:
-        return cells.sort_values(rows, kind="stable")
+        return cells.sort_values(rows, kind="stable", key=lambda column: column.map(_sortable))
     rank = {name: index for index, name in enumerate(NORM_ORDER)}
     order = pd.DataFrame(
         {
@@ -312,6 +366,14 @@ def _sorted(cells: pd.DataFrame, rows: list[str]) -> pd.DataFrame:
         }
     )
     return cells.loc[order.sort_values(list(order.columns), kind="stable").index]
+
+
+def _sortable(value: Any) -> tuple[int, float, str]:
+    """Numbers by size, then texts; what is not set, and what says `none`, first."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not pd.isna(value):
+        return 1, float(value), ""
+    text = text_of(value)
+    return (0, 0.0, text) if text.lower() in ("", "none", "vanilla", "layer") else (2, 0.0, text)
 
 
 def label_order(cells: pd.DataFrame, label: str) -> list[Any]:
@@ -334,8 +396,7 @@ def main(argv: list[str] | None = None) -> None:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(config.output), text.encode())
         print(f"wrote {config.output}", file=sys.stderr)
-    else:
-        print(text, end="")
+    print(text, end="")
 
 
 if __name__ == "__main__":

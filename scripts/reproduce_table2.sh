@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table 2: DeiT with and without ContraNorm at 12, 16 and 24 layers, tiny and small, on ImageNet-100 and ImageNet-1k.
+# Table 2: DeiT with and without ContraNorm at 12, 16 and 24 layers, tiny and small, on ImageNet-100 and ImageNet-1k; then the table.
 #   bash scripts/reproduce_table2.sh --dry-run
 #   IMAGENET=/data/imagenet CLASS_LIST=/data/classes.txt PROCESSES=4 CLUSTER=slurm bash scripts/reproduce_table2.sh --gpus 4
 #   CONFIGS=cifar10_cpu DEPTHS=6 SCALES="vanilla 0.1" bash scripts/reproduce_table2.sh      the same on a laptop
@@ -24,4 +24,7 @@ for config in $CONFIGS; do
     esac
     CONFIG="$config" FLAGS="$flags" RESULTS="$RESULTS" bash ViT_imagenet/run_different_baselines.sh "$@" || status=$?
 done
+for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) exit "$status" ;; esac; done
+if [ "$status" -gt 1 ]; then exit "$status"; fi # 1: some cells failed, and the rest make a table
+"${PYTHON:-python}" -m repro.tables --preset table2 --records "$RESULTS" --output "$(dirname "$RESULTS")/table2.md"
 exit "$status"

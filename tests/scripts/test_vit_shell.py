@@ -97,7 +97,8 @@ def test_table2(listener: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> 
         CLUSTER="slurm",
         SCALES="vanilla 0.1",
     )
-    assert calls == ["-m repro.sweep --results results/table2/runs --jobs 2 --cluster slurm --gpus 4"] * 4
+    assert calls[:4] == ["-m repro.sweep --results results/table2/runs --jobs 2 --cluster slurm --gpus 4"] * 4
+    assert [call.split()[1:4] for call in calls[4:]] == [["repro.tables", "--preset", "table2"]]
     configs = [parse(words, root, monkeypatch) for words in lines]
     assert len(configs) == 4 * 3 * 2
     assert all(words[:3] == ["torchrun", "--standalone", "--nproc-per-node=4"] for words in lines)

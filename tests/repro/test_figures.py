@@ -1,0 +1,158 @@
+"""Figures show the numbers of the records, one curve per label, and refuse what they cannot draw."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+from repro import figures
+from repro.errors import UserError
+from repro.figures import COLLAPSE, Config, _style, draw, draw_collapse, draw_depth
+from repro.records import load_records
+from repro.tables import prepare
+
+PNG = b"\x89PNG\r\n"
+
+
+@pytest.fixture(autouse=True)
+def _no_figure_stays_open():
+    yield
+    assert plt.get_fignums() == []
+
+
+@pytest.fixture
+def graph_runs(write_records):
+    """Two norms, three depths, two seeds, one data set; returns the folder."""
+    for norm, values in {"None": (0.8, 0.5, 0.2), "CN": (0.8, 0.75, 0.7)}.items():
+        for nlayer, value in zip((2, 4, 16), values, strict=True):
+            folder = write_records(
+                [value, value + 0.02], data="cora", nlayer=nlayer, norm_mode=norm,
+                norm_scale=1.0 if norm == "CN" else None, use_layer_norm=norm == "CN",
+            )  # fmt: skip
+    return folder
+
+
+def test_curves_hold_mean_and_spread_of_each_depth(graph_runs):
+    figure, axes = plt.subplots()
+    frame, settings = prepare(load_records(graph_runs))
+    draw_depth(frame, settings, Config(records=graph_runs), axes)
+    plt.close(figure)
+    curves = dict(zip([h.get_label() for h in axes.containers], axes.containers, strict=True))
+    assert list(curves) == ["None", "CN s=1 + LayerNorm"]
+    for label, expected in (("None", [81, 51, 21]), ("CN s=1 + LayerNorm", [81, 76, 71])):
+        line, _, (bars,) = curves[label].lines
+        np.testing.assert_allclose(line.get_xdata(), [2, 4, 16])
+        np.testing.assert_allclose(line.get_ydata(), expected)
+        spread = np.std([0, 2], ddof=1)
+        drawn = np.array([segment[:, 1] for segment in bars.get_segments()], dtype=float)
+        np.testing.assert_allclose(drawn, [(y - spread, y + spread) for y in expected])
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["2", "4", "16"]
+    assert axes.get_ylabel() == "test accuracy (%)" and axes.get_xlabel() == "depth (layers)"
+
+
+def test_curves_can_be_told_apart_without_colour():
+    looks = [(s["marker"], s["linestyle"]) for s in map(_style, range(14))]
+    assert len(set(looks)) == 14
+
+
+@pytest.mark.parametrize(("ending", "start"), [("png", PNG), ("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_files_are_the_same_each_time(graph_runs, tmp_path, ending, start):
+    paths = [tmp_path / "deep" / f"{name}.{ending}" for name in "ab"]
+    for path in paths:
+        assert draw(Config(records=graph_runs, output=str(path))) == [path]
+    first, second = (p.read_bytes() for p in paths)
+    assert first.startswith(start) and len(first) > 5000
+    if ending != "svg":  # its element names are random
+        assert first == second
+
+
+def test_one_figure_for_each_data_set(graph_runs, write_records, tmp_path, capsys):
+    write_records([0.5], data="dblp", nlayer=2, norm_mode="None", norm_scale=None, use_layer_norm=False)
+    output = tmp_path / "depth.png"
+    with pytest.raises(UserError, match="mixes data: cora, dblp"):
+        draw(Config(records=graph_runs, output=str(output)))
+    assert not output.exists()
+    figures.main(["--records", graph_runs, "--output", str(output), "--each", "data"])
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["depth-cora.png", "depth-dblp.png"]
+    assert "depth-cora.png" in capsys.readouterr().err
+    (path,) = draw(Config(records=graph_runs, output=str(output), where={"data": "dblp"}, title="DBLP"))
+    assert path == output and output.read_bytes().startswith(PNG)
+
+
+def test_several_fields_make_one_label(write_records, tmp_path):
+    for norm, scale in (("layer", None), ("contra", 0.1), ("contra", 0.2)):
+        for depth in (12, 24):
+            folder = write_records([0.5], model="tiny", norm=norm, scale=scale, depth=depth)
+    seen = []
+    original = plt.close
+    try:
+        plt.close = lambda figure: (seen.append(figure.axes[0].get_legend_handles_labels()[1]), original(figure))
+        draw(Config(records=folder, output=str(tmp_path / "x.png"), x="depth", label="norm,scale", each="model"))
+    finally:
+        plt.close = original
+    assert sorted(seen[0]) == ["contra 0.1", "contra 0.2", "layer"]
+
+
+def collapse_runs(write_records, form):
+    """Probed runs in the two forms that records hold: lists by metric, or mappings by layer."""
+    by_metric = {"mean_cosine": [0.5, 0.9], "effective_rank": [8.0, 2.0], "variance": [1.0, 1e-9]}
+    for seed in (0, 1):
+        lists = {name: [v * (1 + seed) for v in values] for name, values in by_metric.items()}
+        if form == "lists":
+            extra = {"probe": lists}
+        else:
+            extra = {
+                "collapse": [{"layer": i + 1, "module": "x"} | {k: v[i] for k, v in lists.items()} for i in (0, 1)]
+            }
+        folder = write_records([0.5], seeds=[seed], extra=extra, data="cora", norm="CN", probe=True)
+    return folder, by_metric
+
+
+@pytest.mark.parametrize("form", ["lists", "mappings"])
+def test_collapse_per_layer_is_the_mean_over_seeds(write_records, form, tmp_path):
+    folder, by_metric = collapse_runs(write_records, form)
+    write_records([0.5], data="cora", norm="CN", probe=False, seeds=[7])  # a run without a probe does not count
+    figure, axes = plt.subplots(1, 3)
+    frame, settings = prepare(load_records(folder))
+    frame["layers"] = figures._layers(frame)
+    draw_collapse(frame, settings, Config(records=folder), list(axes))
+    plt.close(figure)
+    for panel, name in zip(axes, COLLAPSE, strict=True):
+        np.testing.assert_allclose(panel.lines[0].get_xdata(), [1, 2])
+        np.testing.assert_allclose(panel.lines[0].get_ydata(), np.multiply(by_metric[name], 1.5))
+    (path,) = draw(Config(records=folder, kind="collapse", output=str(tmp_path / "c.png"), each="data"))
+    assert path.name == "c-cora.png" and path.read_bytes().startswith(PNG)
+
+
+def test_collapse_needs_a_probe_and_one_depth(write_records, tmp_path):
+    folder = write_records([0.5], data="cora", norm="CN", nlayer=2)
+    with pytest.raises(UserError, match="--probe"):
+        draw(Config(records=folder, kind="collapse", output=str(tmp_path / "c.png")))
+    for nlayer in (2, 4):
+        extra = {
+            "collapse": [{"layer": i, "mean_cosine": 0.5, "effective_rank": 2, "variance": 1} for i in range(nlayer)]
+        }
+        folder = write_records([0.5], extra=extra, data="cora", norm="CN", nlayer=nlayer, folder="probed")
+    with pytest.raises(UserError, match="different depth in one curve"):
+        draw(Config(records=folder, kind="collapse", output=str(tmp_path / "c.png")))
+    assert not (tmp_path / "c.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--output", "x.jpg"], "ending must be"),
+        (["--label", "colour"], "colour: no config field"),
+        (["--each", "colour"], "colour: no config field"),
+        (["--where", "{data: pubmed}"], "no record is left"),
+        (["--x", "colour"], "colour: no config field"),
+        (["--metric", "f1"], "there are test_accuracy"),
+        (["--kind", "pie"], "kind"),
+    ],
+)
+def test_wrong_names_are_told_and_nothing_is_written(graph_runs, tmp_path, monkeypatch, flags, told):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=told):
+        figures.main(["--records", graph_runs, *flags])
+    assert list(tmp_path.glob("*.png")) == []

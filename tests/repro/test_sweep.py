@@ -1,0 +1,258 @@
+"""A sweep runs every cell once, whatever happens to it, to its cells and to its sisters."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from repro import cells, sweep
+from repro.cells import make_cell, read_cells, slug, status
+from repro.errors import UserError
+
+
+def start(lines, results, *flags, cluster="none"):
+    """A sweep in a process (and group) of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "repro.sweep", "--results", str(results), "--cluster", cluster, *flags],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    process.stdin.write("".join(f"{line}\n" for line in lines))
+    process.stdin.close()
+    process.stdin = None
+    return process
+
+
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+# -- lines and folders -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("python -m gnn.main --config gnn/configs/cora.yaml --nlayer 8 --norm_mode CN --norm_scale 0.2 --probe",
+         "gnn.main-cora-nlayer8-CN-norm_scale0.2-probe"),
+        ("torchrun --standalone --nproc-per-node=2 -m ViT_imagenet.main --depth 12",
+         "nproc-per-node2-ViT_imagenet.main-depth12"),
+        ("python x/run.py --lr=1e-3 --data /some/where", "run-lr1e-3"),
+    ],
+)  # fmt: skip
+def test_folders_are_named_for_reading_and_stay_the_same(tmp_path, line, expected):
+    assert slug(cells.normalise(line)) == expected
+    first, second = make_cell(line, tmp_path), make_cell(line, tmp_path)
+    assert first.folder == second.folder and re.fullmatch(re.escape(expected) + "-[0-9a-f]{8}", first.folder.name)
+
+
+def test_the_folder_of_a_line_does_not_change_between_versions(tmp_path):
+    """A changed hash would run every finished cell again."""
+    line = "python -m gnn.main --nlayer 8 --seed 1"
+    assert make_cell(line, tmp_path).folder.name == "gnn.main-nlayer8-seed1-32ee52a5"
+    for same in (f"  {line}  # a comment", line.replace("python", "/usr/bin/python3.11"), line.replace(" ", "   ")):
+        assert make_cell(same, tmp_path).folder == make_cell(line, tmp_path).folder
+
+
+@given(st.lists(st.text(min_size=1), min_size=1))
+def test_any_words_make_a_safe_folder_name(words):
+    name = slug(words)
+    assert re.fullmatch(r"[A-Za-z0-9._=+-]{1,120}", name) and name not in (".", "..")
+
+
+def test_lines_that_cannot_be_used_are_named(tmp_path):
+    for line, told in [
+        ("python 'x", "line 2: No closing quotation"),
+        ("A=1 python x", "line 2: 'A=1' sets a variable"),
+        ("no-such-program x", "line 2: 'no-such-program' is no program"),
+        ("python x --output_dir", "line 2: --output_dir without a folder"),
+        ("python x --output_dir=", "line 2: --output_dir without a folder"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(told)):
+            read_cells(["python ok", line], tmp_path)
+    with pytest.raises(UserError, match="is also that of"):
+        read_cells(["python a --output_dir x", "python b --output_dir ./x"], tmp_path)
+
+
+def test_repeated_and_empty_lines_are_left_out(tmp_path):
+    found, repeated = read_cells(["python a", "", "# python b", "  ", "python  a # again", "python3 a"], tmp_path)
+    assert [c.line for c in found] == ["python a"] and repeated == 2
+
+
+def test_a_line_that_names_its_folder_keeps_it(tmp_path):
+    cell = make_cell("python a --output_dir=x/y --output-dir z", tmp_path)
+    assert cell.folder == Path("z") and cell.argv[1:] == ("a", "--output_dir=x/y", "--output-dir", "z")
+
+
+# -- running ---------------------------------------------------------------------------------------------------------
+
+
+def test_done_cells_are_skipped(experiment, run_sweep, capsys):
+    lines = [experiment.line(name) for name in "ab"]
+    assert run_sweep(lines) == 0
+    assert run_sweep([*lines, experiment.line("c"), lines[0]]) == 0
+    assert sorted(experiment.noted("starts")) == ["a", "b", "c"]
+    told = capsys.readouterr().err
+    assert "3 cells, 2 done, 1 to run" in told and "1 repeated lines left out" in told
+    assert run_sweep(lines) == 0
+    assert "2 cells, 2 done, 0 to run" in capsys.readouterr().err
+
+
+def test_lines_never_go_through_a_shell(experiment, run_sweep, tmp_path):
+    wild = f"; touch {tmp_path}/made && $(touch {tmp_path}/made) `touch {tmp_path}/made` > {tmp_path}/made | *"
+    quoted = "'" + wild + "'"
+    assert (
+        run_sweep([experiment.line("a", **{"x": quoted}), experiment.line("b", y=f"1 ; touch {tmp_path}/made x")]) == 0
+    )
+    assert not (tmp_path / "made").exists()
+    given = [json.loads(p.read_text())["argv"] for p in sorted(tmp_path.glob("results/*/record.json"))]
+    assert any(wild in argv for argv in given) and any({";", "touch"} < set(argv) for argv in given)
+
+
+def test_failing_cells_stop_nothing_and_are_listed_with_their_last_words(experiment, run_sweep, capsys, tmp_path):
+    lines = [
+        experiment.line("a", do="fail"), experiment.line("b"), experiment.line("c", do="kill"),
+        experiment.line("d", do="nothing"), experiment.line("e"),
+    ]  # fmt: skip
+    assert run_sweep(lines, "--jobs", "2") == 1
+    told = capsys.readouterr().err
+    assert sorted(experiment.noted("finished")) == ["b", "e"]
+    assert "exit code 3" in told and "last line: boom: the last line of a" in told
+    assert "killed by SIGKILL (out of memory?)" in told and "exit code 0, but no record.json" in told
+    assert run_sweep(lines, "--status") == 0
+    told = capsys.readouterr().out
+    assert "2 done, 0 running, 0 waiting, 0 interrupted, 3 failed" in told and "boom: the last line of a" in told
+    assert run_sweep([], "--status") == 0  # the lines are remembered
+    assert capsys.readouterr().out == told
+    Path(experiment.script).write_text(Path(experiment.script).read_text().replace('do == "fail"', "False"))
+    assert run_sweep(lines[:2]) == 0  # the same sweep again tries only the failed ones
+    assert Counter(experiment.noted("starts"))["a"] == 2 and Counter(experiment.noted("starts"))["b"] == 1
+
+
+def test_the_plan_is_printed_and_nothing_is_run_or_written(experiment, run_sweep, capsys, tmp_path):
+    assert run_sweep([experiment.line("a"), experiment.line("b")], "--dry_run") == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2 and all(line.startswith("waiting ") for line in told) and "--name a" in told[0]
+    assert not (tmp_path / "results").exists() and experiment.noted("starts") == []
+
+
+def test_bad_input_runs_nothing(experiment, run_sweep, tmp_path):
+    for lines, flags, told in [
+        ([], [], "no cells"),
+        (["python 'x"], [], "line 1"),
+        ([experiment.line("a")], ["--jobs", "0"], "jobs"),
+        ([experiment.line("a")], ["--cluster", "cloud"], "cluster"),
+    ]:
+        with pytest.raises(UserError, match=told):
+            run_sweep(lines, *flags)
+    (tmp_path / "results").write_text("a file in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        run_sweep([experiment.line("a")])
+    assert experiment.noted("starts") == []
+
+
+def test_a_damaged_record_is_a_failure_that_is_told_not_a_finished_cell(experiment, run_sweep, capsys, tmp_path):
+    line = experiment.line("a")
+    folder = make_cell(line, tmp_path / "results").folder
+    folder.mkdir(parents=True)
+    for damage in ('{"metrics": ', "[]", "{}"):
+        (folder / "record.json").write_text(damage)
+        assert run_sweep([line]) == 1
+        told = capsys.readouterr().err
+        assert "delete it to run the cell again" in told
+    assert experiment.noted("starts") == []
+
+
+def test_cells_share_the_cores(experiment, run_sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert run_sweep([experiment.line("a")], "--jobs", "4") == 0
+    (record,) = tmp_path.glob("results/*/record.json")
+    assert json.loads(record.read_text())["config"]["threads"] == "2"
+
+
+def test_submitit_runs_the_same_lines(experiment, run_sweep, capsys):
+    lines = [experiment.line("a"), experiment.line("b", do="fail"), experiment.line("c")]
+    assert run_sweep(lines, "--jobs", "3", cluster="local") == 1
+    assert sorted(experiment.noted("finished")) == ["a", "c"]
+    assert "last line: boom: the last line of b" in capsys.readouterr().err
+
+
+# -- killed, stopped, and beside each other ----------------------------------------------------------------------------
+
+
+def test_killed_in_the_middle_and_started_again_no_finished_cell_is_repeated_and_none_lost(experiment, tmp_path):
+    names = [f"c{i}" for i in range(8)]
+    lines = [experiment.line(name, sleep=0.3) for name in names]
+    first = start(lines, tmp_path / "results", "--jobs", "2")
+    wait_until(lambda: len(experiment.noted("finished")) >= 3)
+    first.kill()
+    first.communicate()
+    second = start(lines, tmp_path / "results", "--jobs", "2")
+    _, told = second.communicate(timeout=60)
+    assert second.returncode == 0, told
+    # The killed sweep's children live on, and hold their cells: even those are not run twice.
+    assert Counter(experiment.noted("starts")) == Counter(names) == Counter(experiment.noted("finished"))
+    assert len(list((tmp_path / "results").glob("*/record.json"))) == 8
+
+
+def test_a_killed_cell_is_told_and_run_again(experiment, run_sweep, tmp_path, capsys):
+    """Sweep and cell are killed at once, as when the machine loses power."""
+    line = experiment.line("a", sleep=30)
+    killed = start([line], tmp_path / "results")
+    wait_until(lambda: experiment.noted("pids"))
+    killed.kill()
+    os.kill(int(experiment.noted("pids")[0]), signal.SIGKILL)
+    killed.communicate()
+    wait_until(lambda: status(make_cell(line, tmp_path / "results")).state == "failed")
+    assert "died without a word" in status(make_cell(line, tmp_path / "results")).told
+    Path(experiment.script).write_text(Path(experiment.script).read_text().replace("time.sleep", "float"))
+    assert run_sweep([line]) == 0
+    assert experiment.noted("starts") == ["a", "a"] and experiment.noted("finished") == ["a"]
+
+
+def test_two_sweeps_over_one_folder_run_no_cell_twice(experiment, tmp_path):
+    names = [f"c{i}" for i in range(8)]
+    lines = [experiment.line(name, sleep=0.1) for name in names]
+    sweeps = [start(order, tmp_path / "results", "--jobs", "2") for order in (lines, lines[::-1])]
+    for process in sweeps:
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 0, told
+    assert Counter(experiment.noted("starts")) == Counter(names) == Counter(experiment.noted("finished"))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "signum", "code"),
+    [("none", signal.SIGINT, 130), ("local", signal.SIGINT, 130), ("none", signal.SIGTERM, 143)],
+)
+def test_ctrl_c_stops_the_cells_which_save_and_are_gone(experiment, tmp_path, cluster, signum, code):
+    lines = [experiment.line(name, do="stop", sleep=60) for name in "abc"]
+    process = start(lines, tmp_path / "results", "--jobs", "2", cluster=cluster)
+    wait_until(lambda: len(experiment.noted("pids")) == 2)
+    time.sleep(0.1)
+    process.send_signal(signum)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == code, told
+    assert not any(alive(pid) for pid in experiment.noted("pids"))
+    assert sorted(experiment.noted("saved")) == sorted(experiment.noted("starts")) == ["a", "b"]
+    states = [status(cell).state for cell in sweep.known_cells(tmp_path / "results")]
+    assert states == ["interrupted", "interrupted", "waiting"]

@@ -1,0 +1,292 @@
+"""Tables: the numbers are those of the raw runs, mixtures are refused, and choices are made by validation."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from repro import published, tables
+from repro.errors import UserError
+from repro.records import load_records
+from repro.tables import Config, aggregate, build, p_value, prepare
+
+GNN = {"model": "DeepGCN", "hid": 32, "epochs": 200}
+
+
+@pytest.fixture
+def table(capsys):
+    """What `python -m repro.tables` prints, as text."""
+
+    def run(records, *flags, rows="data", metric="test_accuracy"):
+        given = ["--rows", rows, "--metric", metric] if rows else []
+        tables.main(["--records", records, *given, *flags])
+        return capsys.readouterr().out
+
+    return run
+
+
+def cells_of(text):
+    """A Markdown or CSV table as a list of mappings (the first table of the text)."""
+    if "|" not in text:
+        return list(csv.DictReader(io.StringIO(text.split("\n\n")[0])))
+    lines = [[c.strip() for c in line.strip("| \n").split(" | ")] for line in text.splitlines() if line.startswith("|")]
+    widths = len(lines[0])
+    body = []
+    for line in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)[0].splitlines()[2:]:
+        body.append(dict(zip(lines[0], [c.strip() for c in line.split("|")[1:-1]], strict=True)))
+        assert len(body[-1]) == widths
+    return body
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=6), st.lists(st.floats(0, 1), min_size=2, max_size=6))
+def test_p_values_are_welch_s_on_the_raw_numbers(a, b):
+    if np.std(a) < 1e-3 or np.std(b) < 1e-3:
+        return  # rounding, not statistics
+    summaries = [(float(np.mean(x)), float(np.std(x, ddof=1)), len(x)) for x in (a, b)]
+    expected = stats.ttest_ind(a, b, equal_var=False).pvalue
+    assert p_value(*summaries) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("other", [(0.5, None, 5), (0.5, 0.1, None), (0.5, float("nan"), 5), (0.5, 0.1, 1)])
+def test_there_is_no_p_value_without_a_spread_on_both_sides(other):
+    assert p_value((0.4, 0.1, 5), other) is None and p_value(other, (0.4, 0.1, 5)) is None
+    assert p_value((0.4, 0.0, 5), (0.4, 0.0, 5)) is None
+
+
+def test_mean_std_and_n_of_each_cell(write_records, table):
+    values = {("cora", 2): [0.81, 0.82, 0.835], ("cora", 4): [0.7, 0.72], ("dblp", 2): [0.5]}
+    for (data, nlayer), accuracies in values.items():
+        folder = write_records(accuracies, data=data, nlayer=nlayer)
+    text = table(folder, "--columns", "nlayer")
+    rows = {row["data"]: row for row in cells_of(text)}
+    for (data, nlayer), accuracies in values.items():
+        shown = rows[data][f"nlayer {nlayer}"]
+        expected = f"{100 * np.mean(accuracies):.2f}"
+        if len(accuracies) > 1:
+            expected += f" ± {100 * np.std(accuracies, ddof=1):.2f}"
+        assert shown == f"{expected} ({len(accuracies)})"
+    assert rows["dblp"]["nlayer 4"] == ""  # a cell without runs is empty
+    assert "6 runs, seeds 0, 1, 2" in text and "protocol: p" in text and "reported: last epoch" in text
+
+
+def test_depths_are_ordered_as_numbers(write_records, table):
+    for nlayer in (16, 2, 4):
+        folder = write_records([0.5], data="cora", nlayer=nlayer)
+    header = table(folder, "--columns", "nlayer").splitlines()[2]
+    assert [int(n) for n in re.findall(r"nlayer (\d+)", header)] == [2, 4, 16]
+
+
+def test_fractions_or_percent_and_where(write_records, table):
+    folder = write_records([0.5, 0.7], data="cora", nlayer=2)
+    write_records([0.1, 0.2], data="dblp", nlayer=2)
+    text = table(folder, "--no_percent", "--where", "{data: cora}")
+    assert "0.6000 ± 0.1414 (2)" in text and "dblp" not in text and "in %" not in text
+    for wrong in ("{data: pubmed}", "{colour: red}"):
+        with pytest.raises(UserError, match=r"no record is left after --where|--where colour"):
+            table(folder, "--where", wrong)
+
+
+# -- forms -----------------------------------------------------------------------------------------------------------
+
+
+def test_csv_and_latex_hold_the_same_cells(write_records, table, tmp_path):
+    for nlayer in (2, 4):
+        folder = write_records([0.81, 0.82], data="co_ra", nlayer=nlayer)
+    expected = [{"data": "co_ra", "nlayer 2": "81.50 ± 0.71 (2)", "nlayer 4": "81.50 ± 0.71 (2)"}]
+    assert cells_of(table(folder, "--columns", "nlayer")) == expected
+    assert cells_of(table(folder, "--columns", "nlayer", "--format", "csv")) == expected
+    latex = table(folder, "--columns", "nlayer", "--format", "latex")
+    assert r"co\_ra & 81.50 $\pm$ 0.71 (2) & 81.50 $\pm$ 0.71 (2) \\" in latex
+    assert latex.count(r"\begin{tabular}{lll}") == latex.count(r"\end{tabular}") == 1
+    for line in latex.split(r"\begin")[0].splitlines():
+        assert line == "" or line.startswith("% ")
+    output = tmp_path / "deep" / "table.md"
+    assert table(folder, "--output", str(output), "--columns", "nlayer") == output.read_text()
+
+
+# -- what is not comparable ------------------------------------------------------------------------------------------
+
+
+def test_mixed_protocols_are_refused(write_records, table):
+    write_records([0.5], data="cora", protocol="reference")
+    folder = write_records([0.6], data="cora", protocol="standard")
+    with pytest.raises(UserError, match="mixes protocol: reference, standard"):
+        table(folder)
+    assert len(cells_of(table(folder, rows="data,protocol"))) == 2
+    assert "60.00 (1)" in table(folder, "--where", "{protocol: standard}")
+    write_records([0.5], data="a", protocol="reference", folder="other")
+    folder = write_records([0.5], data="b", protocol="standard", folder="other")
+    with pytest.raises(UserError, match="records mix protocols"):
+        table(folder)
+
+
+def test_mixed_settings_are_refused_but_not_those_that_change_no_number(write_records, table):
+    write_records([0.5], data="cora", hid=32, device="cpu")
+    folder = write_records([0.6], data="cora", hid=64, device="cpu", seeds=[1])
+    with pytest.raises(UserError, match="mixes hid: 32, 64"):
+        table(folder)
+    write_records([0.5], data="cora", hid=32, device="cpu", folder="b")
+    folder = write_records([0.6], data="cora", hid=32, device="cuda", seeds=[1], folder="b")
+    assert "55.00 ± 7.07 (2)" in table(folder)
+
+
+def test_a_run_found_twice_counts_once_and_two_of_one_seed_are_an_error(write_records, table):
+    folder = write_records([0.5, 0.6], data="cora")
+    write_records([0.5, 0.6], data="cora", folder="runs/copy")
+    assert "55.00 ± 7.07 (2)" in table(folder)
+    write_records([0.9], data="cora", folder="runs/other")
+    with pytest.raises(UserError, match="seed 0 is there twice with different numbers"):
+        table(folder)
+
+
+@pytest.mark.parametrize("value", ["nan", None])
+def test_a_number_that_is_missing_is_not_left_out_of_the_mean(write_records, table, value):
+    folder = write_records([0.5, value], data="cora")
+    with pytest.raises(UserError, match="missing or not a number in .*record.json"):
+        table(folder)
+
+
+def test_wrong_names_are_told_with_those_there_are(write_records, table):
+    folder = write_records([0.5], data="cora")
+    for rows, metric, told in [("colour", "test_accuracy", "colour"), ("data", "f1", "there are test_accuracy")]:
+        with pytest.raises(UserError, match=told):
+            table(folder, rows=rows, metric=metric)
+    for flags, told in [([], "--rows and --metric missing"), (["--rows", "data"], "--metric missing")]:
+        with pytest.raises(UserError, match=told):
+            table(folder, *flags, rows="")
+    with pytest.raises(UserError, match="--records is missing"):
+        tables.main([])
+
+
+# -- choosing --------------------------------------------------------------------------------------------------------
+
+
+def test_the_scale_is_chosen_by_validation_also_where_test_says_otherwise(write_records, table):
+    for scale, validation, test in [(0.2, 0.6, 0.9), (0.5, 0.8, 0.5), (1.0, 0.7, 0.7)]:
+        runs = [{"validation_accuracy": validation + e, "test_accuracy": test + e} for e in (-0.01, 0.01)]
+        folder = write_records(runs, data="cora", norm_mode="CN", norm_scale=scale, use_layer_norm=True)
+    text = table(folder, "--best", "norm_scale", "--by", "validation_accuracy", rows="data,norm_mode")
+    assert "50.00 ± 1.41 (2)" in text and "90.00" not in text
+    assert "norm_scale chosen per cell by the highest mean validation_accuracy" in text
+    with pytest.raises(UserError, match="mixes norm_scale"):
+        table(folder, rows="data,norm_mode")
+
+
+def test_choosing_by_test_is_refused(write_records, table):
+    folder = write_records([0.5], data="cora", norm_scale=1.0)
+    with pytest.raises(UserError, match="--by test_accuracy: .*name a validation metric"):
+        table(folder, "--best", "norm_scale", "--by", "test_accuracy")
+    for flags in (["--best", "norm_scale"], ["--by", "validation_accuracy"]):
+        with pytest.raises(UserError, match="belong together"):
+            table(folder, *flags)
+    with pytest.raises(UserError, match="--by validation: no record has"):
+        table(folder, "--best", "norm_scale", "--by", "validation")
+
+
+# -- the paper's tables ------------------------------------------------------------------------------------------------
+
+
+def test_table_3_sets_the_reference_code_beside_ours(write_records, table):
+    ours = [0.745, 0.75, 0.74]
+    norm = {"norm_mode": "CN", "norm_scale": 1.0, "use_layer_norm": True}
+    folder = write_records(ours, data="cora", nlayer=8, **GNN, **norm, protocol="reference")
+    write_records([0.12, 0.13], data="cora", nlayer=8, **GNN, norm_mode="None", norm_scale=None, use_layer_norm=False,
+                  protocol="reference")  # fmt: skip
+    write_records([0.5], data="dblp", nlayer=8, **GNN, **norm, protocol="reference")
+    text = table(folder, "--preset", "table3", rows="")
+    rows = cells_of(text)
+    assert [row["norm"] for row in rows] == ["None", "CN s=1 + LayerNorm", "CN s=1 + LayerNorm"]
+    (line,) = [x for x in text.splitlines() if "CN" in x and "cora" in x and "74.30" in x]
+    (entry,) = [
+        e for e in published.load_entries()
+        if e.kind == "reference-run" and e.match.get("norm_mode") == "CN" and e.match["nlayer"] == 8
+    ]  # fmt: skip
+    p = p_value((np.mean(ours), np.std(ours, ddof=1), 3), (entry.mean, entry.std, entry.n))
+    assert "74.30 ± 0.31 (5)" in line and "74.50 ± 0.50 (3)" in line and "+0.20" in line and f"{p:.2g}" in line
+    assert "dblp" not in text.split("reference code as run")[1]
+    write_records(ours, data="cora", nlayer=8, **GNN, **norm, protocol="standard", folder="standard")
+    other = table(str(folder).replace("runs", "standard"), "--preset", "table3", rows="")
+    assert "reference code as run" not in other  # another protocol is another number
+
+
+GLUE = "cola,mnli,mrpc,qnli,qqp,rte,sst2,stsb".split(",")
+
+
+def write_glue(write_records, tasks, score):
+    for norm, scale in (("none", None), ("ContraNorm", 0.01), ("ContraNorm", 0.1)):
+        for number, task in enumerate(tasks):
+            folder = write_records(
+                [{"score": score(norm, scale, number, seed)} for seed in (0, 1)], protocol="GLUE validation set",
+                extra={"model": "bert-base-uncased", "task": task, "norm": norm},
+                model_name_or_path="bert-base-uncased", task_name=task, scale=scale,
+            )  # fmt: skip
+    return folder
+
+
+def test_table_1_prints_the_average_over_tasks_beside_the_published_one(write_records, table):
+    def score(norm, scale, number, seed):
+        best = {None: 0.0, 0.01: 0.05 if number % 2 else 0.02, 0.1: 0.02 if number % 2 else 0.05}[scale]
+        return 0.5 + 0.01 * number + best + 0.004 * seed
+
+    folder = write_glue(write_records, [*GLUE, "wnli"], score)
+    text = table(folder, "--preset", "table1", "--best", "scale", "--by", "score", rows="")
+    none, contra = cells_of(text)
+    assert list(none) == ["model", "norm", *(f"task {t}" for t in [*GLUE, "wnli"]), "task average"]
+    averages = [0.5 + 0.035, 0.504 + 0.035]  # of the eight tasks, per seed: the ninth is not in the paper's
+    assert none["task average"] == f"{100 * np.mean(averages):.2f} ± {100 * np.std(averages, ddof=1):.2f} (2)"
+    assert contra["task average"] == f"{100 * np.mean(averages) + 5:.2f} ± {100 * np.std(averages, ddof=1):.2f} (2)"
+    beside = text.split("\n\n")[2]
+    assert "82.59" in beside and "83.54" in beside and beside.count("average") == 2
+
+
+def test_an_average_over_fewer_tasks_says_so_and_has_no_published_number_beside_it(write_records, table):
+    folder = write_glue(write_records, ["rte", "mrpc"], lambda *a: 0.5 if a[2] else 0.7)
+    text = table(folder, "--preset", "table1", "--best", "scale", "--by", "score", rows="")
+    assert [row["task average of mrpc, rte"] for row in cells_of(text)] == ["60.00 ± 0.00 (2)"] * 2
+    assert "published" not in text
+    folder = write_glue(write_records, ["rte"], lambda *a: 0.5)
+    text = table(folder.replace("mrpc", ""), "--preset", "table1", "--where", "{task: rte}", "--best", "scale", "--by",
+                 "score", rows="")  # fmt: skip
+    assert "average" not in text
+
+
+def test_table_2_shows_every_scale_beside_the_vanilla_model(write_records, table):
+    for norm, scale, accuracy in (("contra", 0.2, 0.8), ("layer", None, 0.7), ("contra", 0.1, 0.75)):
+        folder = write_records([accuracy], data_set="IMNET100", model="deit_tiny_patch16_224", norm=norm, scale=scale,
+                               depth=24, epochs=300)  # fmt: skip
+    text = table(folder, "--preset", "table2", rows="")
+    assert [(r["norm"], r["scale"], r["depth 24"]) for r in cells_of(text)] == [
+        ("layer", "", "70.00 (1)"), ("contra", "0.1", "75.00 (1)"), ("contra", "0.2", "80.00 (1)")
+    ]  # fmt: skip
+    assert "76.76" in text and "81.28" in text and "-6.76" in text
+
+
+def test_aggregate_agrees_with_a_loop_over_records(write_records):
+    rng = np.random.default_rng(0)
+    values = {(d, n): rng.random(int(rng.integers(1, 5))).tolist() for d in "abc" for n in (2, 4)}
+    for (data, nlayer), numbers in values.items():
+        folder = write_records(numbers, data=data, nlayer=nlayer)
+    frame, settings = prepare(load_records(folder))
+    found = aggregate(frame, ["data", "nlayer"], "test_accuracy", settings)
+    assert len(found) == len(values)
+    for _, cell in found.iterrows():
+        numbers = values[cell["data"], cell["nlayer"]]
+        assert cell["mean"] == pytest.approx(sum(numbers) / len(numbers)) and cell["n"] == len(numbers)
+        if len(numbers) > 1:
+            assert cell["std"] == pytest.approx(np.std(numbers, ddof=1))
+
+
+def test_the_text_is_the_same_each_time(write_records):
+    folder = write_records([0.5, 0.6], data="cora")
+    config = Config(records=folder, rows="data", metric="test_accuracy")
+    assert build(config, []) == build(config, [])

@@ -1,0 +1,137 @@
+"""The scripts that check, draw and tabulate: what they call, and that what they call accepts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from repro import figures, tables
+
+
+@pytest.fixture
+def shell(tmp_path: Path, root: Path):
+    """Runs a script with an interpreter that writes down its arguments; returns (process, the calls' words)."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        f'printf "%q " "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\n'
+        '[ "$2" = repro.sweep ] && cat > /dev/null\n'
+        'echo "ran $2"; [ "$2" != "$FAILING" ] || exit 5\n'
+    )
+    python.chmod(0o755)
+    stamp = subprocess.run(
+        ["bash", "-c", 'echo "$(cat requirements.txt pyproject.toml | cksum) $PWD"'],
+        cwd=root, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    (tmp_path / "venv" / ".contranorm-installed").write_text(stamp)
+
+    def run(script: str, *arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+        (tmp_path / "calls").write_text("")
+        environment = {**os.environ, "VENV": str(tmp_path / "venv"), "PYTHON": str(python), "FAILING": "", **variables}
+        done = subprocess.run(
+            ["bash", str(root / script), *arguments], cwd="/", env=environment, capture_output=True, text=True,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        return done, [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "marks"),
+    [
+        ([], "not slow and not slurm"),
+        (["--slow"], "not slurm"),
+        (["--slurm"], "not slow"),
+        (["--slow", "--slurm"], ""),
+    ],
+)
+def test_the_tests_command(shell, flags, marks):
+    done, calls = shell("scripts/test.sh", *flags, "tests/repro", "-k", "a and b")
+    assert done.returncode == 0, done.stderr
+    assert [call[1] for call in calls] == ["ruff", "ruff", "mypy", "pytest"]
+    assert calls[-1][calls[-1].index("--dist") :] == [
+        "--dist",
+        "loadgroup",
+        "-m",
+        marks,
+        "tests/repro",
+        "-k",
+        "a and b",
+    ]
+    assert done.stdout.splitlines()[-1] == "ran pytest"
+
+
+@pytest.mark.parametrize("failing", ["ruff", "mypy", "pytest"])
+def test_any_failed_check_fails_the_tests_command_and_the_tests_are_run_all_the_same(shell, failing):
+    done, calls = shell("scripts/test.sh", FAILING=failing)
+    assert done.returncode == 5 and done.stdout.splitlines()[-1] == "ran pytest"
+    assert failing == "pytest" or f"failed (exit code 5): {failing}" in done.stdout
+
+
+def test_table_3_runs_the_sweep_then_tables_and_figures_that_accept_their_arguments(
+    shell, tmp_path, monkeypatch, capsys
+):
+    results = tmp_path / "table3" / "runs"
+    write_graph_runs(results)
+    done, calls = shell("scripts/reproduce_table3.sh", "--jobs", "1", RESULTS=str(results))
+    assert done.returncode == 0, done.stderr
+    assert [call[1] for call in calls] == ["repro.sweep", "repro.tables", "repro.tables", "repro.figures"]
+    assert calls[0][-2:] == ["--jobs", "1"]
+    for call in calls[1:3]:
+        tables.main(call[2:])
+    figures.main(calls[3][2:])
+    assert sorted(p.name for p in results.parent.iterdir()) == [
+        "depth-cora.png", "depth-texas.png", "runs", "table3.md", "table3_chosen.md"
+    ]  # fmt: skip
+    assert (
+        "norm_scale chosen per cell by the highest mean validation_accuracy"
+        in (results.parent / "table3_chosen.md").read_text()
+    )
+    for flag in ("--dry-run", "--status"):
+        _, calls = shell("scripts/reproduce_table3.sh", flag, RESULTS=str(results))
+        assert [call[1] for call in calls] == ["repro.sweep"]
+    done, calls = shell("scripts/reproduce_table3.sh", RESULTS=str(results), FAILING="repro.sweep")
+    assert done.returncode == 5 and [call[1] for call in calls] == ["repro.sweep"]
+
+
+def test_figures_are_drawn_from_whatever_records_there_are(shell, tmp_path, monkeypatch, capsys):
+    results = tmp_path / "results"
+    done, calls = shell("scripts/reproduce_figures.sh", RESULTS=str(results))
+    assert done.returncode == 2 and "no records" in done.stderr and calls == []
+    write_graph_runs(results / "table3" / "runs", probe=True)
+    write(results / "table2" / "runs" / "a", "ViT_imagenet", {"data_set": "IMNET100", "model": "tiny", "depth": 12,
+          "norm": "layer", "scale": None, "seed": 0}, {"test_accuracy": 0.5})  # fmt: skip
+    write(results / "glue" / "runs" / "a", "BERT_glue", {"seed": 0}, {"score": 0.5})
+    done, calls = shell("scripts/reproduce_figures.sh", RESULTS=str(results))
+    assert done.returncode == 0, done.stderr
+    assert [call[1] for call in calls] == ["repro.figures"] * 3
+    for call in calls:
+        figures.main(call[2:])
+    assert sorted(str(p.relative_to(results)) for p in results.rglob("*.png")) == [
+        "table2/depth-IMNET100-tiny.png", "table3/collapse-cora-2.png", "table3/collapse-texas-2.png",
+        "table3/depth-cora.png", "table3/depth-texas.png",
+    ]  # fmt: skip
+
+
+def write_graph_runs(folder: Path, probe: bool = False) -> None:
+    layers = {"mean_cosine": [0.5], "effective_rank": [2.0], "variance": [1.0]}
+    for data in ("cora", "texas"):
+        for mode, scale in (("None", None), ("CN", 0.2), ("CN", 1.0)):
+            config = {"data": data, "nlayer": 2, "norm_mode": mode, "norm_scale": scale, "use_layer_norm": mode == "CN",
+                      "seed": 0, "probe": probe}  # fmt: skip
+            metrics = {"test_accuracy": 0.5, "validation_accuracy": 0.5}
+            write(folder / f"{data}-{mode}-{scale}", "gnn", config, metrics, **({"probe": layers} if probe else {}))
+
+
+def write(folder: Path, experiment: str, config: dict, metrics: dict, **extra: object) -> None:
+    folder.mkdir(parents=True)
+    record = {"experiment": experiment, "protocol": "reference", "selection": "last epoch", "metrics": metrics,
+              "seed": 0, "config": config, **extra}  # fmt: skip
+    (folder / "record.json").write_text(json.dumps(record, indent=1))
