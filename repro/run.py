@@ -28,7 +28,7 @@ import torch
 import yaml
 
 from repro.checkpoint import load_checkpoint, save_checkpoint, write_atomic
-from repro.config import to_yaml
+from repro.config import load_yaml, to_yaml
 from repro.errors import Interrupted, UserError
 
 SCHEMA = 1
@@ -128,6 +128,7 @@ class Run:
             except OSError as error:
                 raise UserError(f"--output_dir {self.folder}: another process is writing this run") from error
             self._check_same_config()
+            self._sweep_up()
         for signum in (signal.SIGTERM, signal.SIGUSR2):
             self._handlers[signum] = signal.signal(signum, self._on_signal)
         if self.done and self.main:
@@ -152,13 +153,23 @@ class Run:
         path = self.folder / "args.yaml"
         mine = yaml.safe_load(to_yaml(self.config))
         if path.exists():
-            theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
+            theirs = load_yaml(path)
+            if not isinstance(theirs, dict):
+                raise UserError(f"{path}: damaged: delete the folder to run again")
             names = [k for k in {**theirs, **mine} if k not in LOCATION_FIELDS and theirs.get(k) != mine.get(k)]
             if names:
                 told = ", ".join(f"{k}={theirs.get(k)!r} there, {mine.get(k)!r} here" for k in names[:3])
                 raise UserError(f"--output_dir {self.folder} holds a run with other settings ({told}): choose another")
         else:
             write_atomic(path, to_yaml(self.config).encode())
+
+    def _sweep_up(self) -> None:
+        """Remove what a process that was killed while it wrote has left; nobody else writes here (the lock)."""
+        for name in ("args.yaml", "env.json", "metrics.jsonl", "record.json"):
+            for path in self.folder.glob(f".{name}.*.tmp"):
+                path.unlink(missing_ok=True)
+        for path in (self.folder / "checkpoints").glob(".tmp-*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     # -- during the run ------------------------------------------------------------------------------------------
 
