@@ -5,7 +5,7 @@
 # Done cells are skipped. Arguments go to repro.sweep.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHON="${PYTHON:-python}"
+source scripts/python.sh
 
 MODEL="${MODEL:-bert-base-uncased}"
 CONFIG="${CONFIG:-BERT_glue/configs/bert.yaml}"

@@ -6,7 +6,7 @@
 # SCALE 0 or POS 0 is the vanilla model. DEVICE is a GPU's number or `cpu`. POS is a digit of BERT, or a site's name.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHON="${PYTHON:-python}"
+source scripts/python.sh
 MODEL="${MODEL:-bert-base-uncased}"
 CONFIG="${CONFIG:-BERT_glue/configs/bert.yaml}"
 

@@ -30,7 +30,7 @@ from typing import IO, Any, Literal
 
 from repro.errors import UserError
 
-State = Literal["done", "running", "waiting", "failed", "interrupted"]
+State = Literal["done", "running", "waiting", "interrupted", "cancelled", "failed"]
 SLUG_LENGTH = 120  # with the 9 characters of the hash far below the 255 that file systems allow
 GRACE_SECONDS = 300  # longest wait of a stopped job for SLURM to take it away
 _PYTHON = re.compile(r"(.*/)?python(3(\.\d+)?)?$")
@@ -58,7 +58,7 @@ class Status:
     """What a cell's folder says.
 
     Attributes:
-        state: done, running, waiting, failed or interrupted.
+        state: done, running, waiting, interrupted, cancelled (in a queue) or failed.
         told: why, in a few words, for the states that need it.
         details: cell.json of the last try.
     """
@@ -327,14 +327,14 @@ class CellRunner:
                 )  # fmt: skip
                 self._forward_signals()
                 code = self._child.wait()
-                if self._stopped and not is_done(folder):
-                    _wait_to_be_taken()
         finally:
             state = _outcome(folder, code, self._stopped)
             _write_json(
                 folder / "cell.json",
                 details | {"state": state, "exit": code, "seconds": round(time.monotonic() - began, 3)},
             )
+        if state == "interrupted" and self._stopped:
+            _wait_to_be_taken()
         return state
 
     def _child_environment(self) -> dict[str, str]:

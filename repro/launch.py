@@ -19,14 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from repro.cells import Cell, CellRunner, is_held
+from repro.cells import Cell, CellRunner, Status, is_done, is_held, status
 from repro.errors import UserError
 
 STOP_SECONDS = 60  # a stopped cell may save that long before it is killed
 ARRAY_LIMIT = 1000  # SLURM's default MaxArraySize, less one
+GONE = "GONE"  # not a word of SLURM's: the queue does not know the job any more
 # States of `squeue` in which a job will not run any more.
 OVER = frozenset(
     ["BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"]
+    + [GONE]
 )
 
 
@@ -57,6 +59,10 @@ class Launcher(Protocol):
 
     def over(self, tries: list[Try]) -> list[Try]:
         """Those of `tries` that have ended in whatever way."""
+        ...
+
+    def settled(self, attempt: Try) -> Status:
+        """How an ended try left its cell."""
         ...
 
     def stop(self, tries: list[Try]) -> None:
@@ -97,6 +103,10 @@ class ChildLauncher:
         """Those whose thread has ended."""
         return [t for t in tries if not t.handle[0].is_alive()]
 
+    def settled(self, attempt: Try) -> Status:
+        """What the cell's folder says."""
+        return status(attempt.cell)
+
     def stop(self, tries: list[Try]) -> None:
         """SIGTERM, then SIGKILL to those that take too long."""
         for attempt in tries:
@@ -136,6 +146,10 @@ class LocalLauncher:
         """Those whose controller process has ended."""
         return [t for t in tries if t.handle.done()]
 
+    def settled(self, attempt: Try) -> Status:
+        """What the cell's folder says."""
+        return status(attempt.cell)
+
     def stop(self, tries: list[Try]) -> None:
         """SIGTERM to the controllers (submitit's own `cancel` would kill a cell while it saves)."""
         for attempt in tries:
@@ -159,7 +173,7 @@ class SlurmLauncher:
 
     def __init__(self, jobs: int, folder: Path, parameters: dict[str, Any], poll_seconds: float) -> None:
         self.poll_seconds = poll_seconds
-        self._ledger = folder / "jobs.jsonl"
+        self._ledger = ledger_path(folder.parent)
         self._missing: dict[str, int] = {}
         try:
             # Below ten minutes submitit counts every preemption as a time-out: do not let it give up.
@@ -180,42 +194,47 @@ class SlurmLauncher:
         except Exception as error:  # submitit wraps sbatch's own message in one of several types
             raise UserError(f"--cluster slurm: sbatch refused the jobs: {_last_line(error)}") from error
         tries = [Try(r.cell, r.ticket, job.job_id) for r, job in zip(runners, jobs, strict=True)]
-        with open(self._ledger, "a", encoding="utf-8") as file:
-            for attempt in tries:
-                entry = {"line": attempt.cell.line, "job": attempt.handle, "ticket": attempt.ticket}
-                file.write(json.dumps(entry) + "\n")
+        for attempt in tries:
+            self._note({"line": attempt.cell.line, "ticket": attempt.ticket, "job": attempt.handle})
         return tries
 
     def queued(self, cells: list[Cell]) -> list[Try]:
         """Tries of an earlier sweep over this folder that are still in the queue."""
         states = queue_states()
-        if not states or not self._ledger.exists():
+        if not states:
             return []
-        by_line = {cell.line: cell for cell in cells}
-        found: dict[str, Try] = {}
-        for text in self._ledger.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(text)
-            except ValueError:
-                continue  # the end of a line that was being written when the sweep died
-            if entry["line"] in by_line and states.get(entry["job"], "COMPLETED") not in OVER:
-                found[entry["line"]] = Try(by_line[entry["line"]], entry["ticket"], entry["job"])
-        return list(found.values())
+        jobs = read_ledger(self._ledger)
+        return [
+            Try(cell, job["ticket"], job["job"])
+            for cell in cells
+            if (job := jobs.get(cell.line)) and "over" not in job and states.get(job["job"], GONE) not in OVER
+        ]
 
     def over(self, tries: list[Try]) -> list[Try]:
         """Those that the queue no longer holds, looked at twice: a requeued job may be absent for a moment."""
         states = queue_states()
-        if states is None:
-            return []  # the controller does not answer: nothing is known, so nothing is over
+        if states is None:  # the controller does not answer: only a record can tell that a try is over
+            return [attempt for attempt in tries if is_done(attempt.cell.folder)]
         ended = []
         for attempt in tries:
-            if states.get(attempt.handle, "GONE") in OVER | {"GONE"}:
-                self._missing[attempt.ticket] = self._missing.get(attempt.ticket, 0) + 1
-                if self._missing[attempt.ticket] >= 2:
-                    ended.append(attempt)
-            else:
+            state = states.get(attempt.handle, GONE)
+            if state not in OVER:
                 self._missing.pop(attempt.ticket, None)
+                continue
+            self._missing[attempt.ticket] = self._missing.get(attempt.ticket, 0) + 1
+            if self._missing[attempt.ticket] >= 2:
+                ended.append(attempt)
+                # SLURM forgets a job after minutes: what became of it is kept for --status.
+                self._note({"line": attempt.cell.line, "ticket": attempt.ticket, "job": attempt.handle, "over": state})
         return ended
+
+    def settled(self, attempt: Try) -> Status:
+        """What the cell's folder says, and what SLURM says of the job."""
+        return queue_status(attempt.cell, read_ledger(self._ledger).get(attempt.cell.line), {})
+
+    def _note(self, entry: dict[str, str]) -> None:
+        with open(self._ledger, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
 
     def stop(self, tries: list[Try]) -> None:
         """Leave the jobs in the queue: a cluster's work outlives the terminal; say how to go on and how to cancel."""
@@ -235,6 +254,64 @@ def queue_states() -> dict[str, str] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return dict(line.strip().split("|", 1) for line in answer.stdout.splitlines() if "|" in line)
+
+
+def ledger_path(results: Path) -> Path:
+    """Where a results folder keeps its jobs: one JSON line when a job is submitted, one when it is over."""
+    return results / ".submitit" / "jobs.jsonl"
+
+
+def read_ledger(path: Path) -> dict[str, dict[str, str]]:
+    """Line of a cell → its last job: `job`, `ticket`, and `over` (the job's last state) once it has ended."""
+    jobs: dict[str, dict[str, str]] = {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return jobs
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+            jobs[entry["line"]] = entry
+        except (ValueError, TypeError, KeyError):
+            continue  # the end of a line that was being written when the sweep died
+    return jobs
+
+
+def queue_status(cell: Cell, job: dict[str, str] | None, states: dict[str, str]) -> Status:
+    """What a cell's folder and the queue say together.
+
+    Args:
+        cell: the cell.
+        job: its last job, from `read_ledger`; None when it never went to a queue.
+        states: job → state, from `queue_states`.
+    """
+    found = status(cell)
+    if job is None or found.state in ("done", "running"):
+        return found
+    if found.details and found.details.get("ticket") != job["ticket"]:
+        return found  # the last try was not this job's
+    state = job.get("over") or states.get(job["job"], GONE)
+    if state not in OVER:
+        if state in ("RUNNING", "COMPLETING"):
+            return Status("running", f"job {job['job']}", found.details)
+        return Status("waiting", f"job {job['job']} is {state.lower()}", found.details)
+    if state == "CANCELLED":
+        return Status("cancelled", f"job {job['job']} was cancelled", found.details)
+    if found.state == "waiting":
+        files = cell.folder.parent / ".submitit" / f"{job['job']}_0_log.err"
+        told = _last_words(files)
+        return Status("failed", f"job {job['job']} died before the cell began" + (f": {told}" if told else ""))
+    if state not in ("COMPLETED", "FAILED", GONE):
+        return Status(found.state, f"{found.told}; SLURM says {state}", found.details)
+    return found
+
+
+def _last_words(path: Path) -> str:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def _submitit() -> Any:

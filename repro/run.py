@@ -131,6 +131,7 @@ class Run:
                 raise UserError(f"--output_dir {self.folder}: another process is writing this run") from error
             try:
                 self._check_same_config()
+                self._sweep_up()
             except BaseException:
                 self._lock.close()  # __exit__ is not called for a block that was never entered
                 raise
@@ -167,6 +168,14 @@ class Run:
                 raise UserError(f"--output_dir {self.folder} holds a run with other settings ({told}): choose another")
         else:
             write_atomic(path, to_yaml(self.config).encode())
+
+    def _sweep_up(self) -> None:
+        """Remove what a process that was killed while it wrote has left; nobody else writes here (the lock)."""
+        for name in ("args.yaml", "env.json", "metrics.jsonl", "record.json"):
+            for path in self.folder.glob(f".{name}.*.tmp"):
+                path.unlink(missing_ok=True)
+        for path in (self.folder / "checkpoints").glob(".tmp-*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     # -- during the run ------------------------------------------------------------------------------------------
 

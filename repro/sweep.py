@@ -13,16 +13,27 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tqdm import tqdm
 
-from repro.cells import Cell, Status, is_held, last_line, read_cells, status
+from repro.cells import Cell, State, Status, is_held, last_line, read_cells, status
 from repro.config import parse_config
 from repro.errors import Interrupted, UserError, run_main
-from repro.launch import ChildLauncher, Launcher, LocalLauncher, SlurmLauncher, Try, queue_states
+from repro.launch import (
+    ChildLauncher,
+    Launcher,
+    LocalLauncher,
+    SlurmLauncher,
+    Try,
+    ledger_path,
+    queue_states,
+    queue_status,
+    read_ledger,
+)
 
 PLAN = "sweep.txt"
+LOST = ("interrupted", "cancelled", "failed")  # states that are explained by the log's last line
 
 
 @dataclass
@@ -162,7 +173,7 @@ class Sweep:
 
     def _settle(self, attempt: Try) -> int:
         """Look at a cell whose try is over; returns 1 when the cell is settled, 0 when it goes on elsewhere."""
-        found = status(attempt.cell)
+        found = self.launcher.settled(attempt)
         mine = found.details.get("ticket") == attempt.ticket
         if found.state == "running":  # another sweep was faster, or the child has outlived its parent
             self._waiting.append(attempt.cell)
@@ -176,22 +187,18 @@ class Sweep:
         return 1
 
 
-def show(cells: list[Cell]) -> None:
+def show(cells: list[Cell], results: Path) -> None:
     """Print every cell's state, the states of the queue included, and the failed cells' last words."""
-    queue = queue_states() or {}
+    jobs = read_ledger(ledger_path(results))
+    queue = (queue_states() or {}) if jobs else {}
     counts: collections.Counter[str] = collections.Counter()
     for cell in cells:
-        found = status(cell)
-        state = queue.get(str(found.details.get("job") or ""), "")
-        told = f"  {found.told}" if found.told else ""
-        name: str = found.state
-        if state == "PENDING" and name in ("interrupted", "failed"):
-            name, told = "waiting", "  queued again"
-        counts[name] += 1
-        print(f"{name:<11} {cell.line}{told}")
-        if name in ("failed", "interrupted") and (words := last_line(cell.folder)):
+        found = queue_status(cell, jobs.get(cell.line), queue)
+        counts[found.state] += 1
+        print(f"{found.state:<11} {cell.line}" + (f"  {found.told}" if found.told else ""))
+        if found.state in LOST and (words := last_line(cell.folder)):
             print(f"{'':<11} last line of {cell.folder / 'log.txt'}: {words}")
-    print(", ".join(f"{counts[s]} {s}" for s in ("done", "running", "waiting", "interrupted", "failed")))
+    print(", ".join(f"{counts[state]} {state}" for state in get_args(State)))
 
 
 def _remember(folder: Path, cells: list[Cell]) -> None:
@@ -219,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     lines = [] if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().splitlines()
     cells, repeated = read_cells(lines, results)
     if config.status:
-        show(cells or known_cells(results))
+        show(cells or known_cells(results), results)
         return 0
     if not cells:
         raise UserError("no cells: pipe one command a line into this program (see gnn/run_different_baselines.sh)")

@@ -5,7 +5,7 @@
 # The figures are written beside the records.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHON="${PYTHON:-python}"
+source scripts/python.sh
 RESULTS="${RESULTS:-results}"
 
 holds() { grep -rqs --include=record.json --include=records.jsonl -e "$1" "$folder"; }

@@ -7,9 +7,9 @@
 # `--dry-run` prints the plan only. Stopped in the middle, the same command goes on.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHON="${PYTHON:-python}"
+source scripts/python.sh
 MODELS="${MODELS:-bert-base-uncased albert-base-v2}"
-export PYTHON RESULTS="${RESULTS:-results/table1/runs}"
+export RESULTS="${RESULTS:-results/table1/runs}"
 
 status=0
 for model in $MODELS; do

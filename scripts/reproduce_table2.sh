@@ -7,6 +7,7 @@
 # Arguments go to repro.sweep.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/python.sh
 
 CONFIGS="${CONFIGS:-imagenet100_tiny imagenet100_small imagenet1k_tiny imagenet1k_small}"
 IMAGENET="${IMAGENET:-}"     # by default the data sets' folders below $CONTRANORM_DATA
@@ -26,5 +27,5 @@ for config in $CONFIGS; do
 done
 for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) exit "$status" ;; esac; done
 if [ "$status" -gt 1 ]; then exit "$status"; fi # 1: some cells failed, and the rest make a table
-"${PYTHON:-python}" -m repro.tables --preset table2 --records "$RESULTS" --output "$(dirname "$RESULTS")/table2.md"
+"$PYTHON" -m repro.tables --preset table2 --records "$RESULTS" --output "$(dirname "$RESULTS")/table2.md"
 exit "$status"

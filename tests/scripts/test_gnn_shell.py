@@ -135,10 +135,7 @@ def test_table3_calls_what_exists(listener: Path, root: Path, monkeypatch: pytes
         words = shlex.split(call.replace("{data: ", "'{data: ").replace("}", "}'"))
         module = {"repro.tables": tables, "repro.figures": figures}[words[1]]
         parsed.append(parse_config(module.Config, words[2:], prog=words[1]))
-    assert [c.output for c in parsed] == [
-        "/r/table3.md", "/r/table3.csv", "/r/table3_best_scale.md", "/r/cora.png", "/r/texas.png",
-    ]  # fmt: skip
-    assert [c.where for c in parsed[3:]] == [{"data": "cora"}, {"data": "texas"}]
+    assert [c.output for c in parsed] == ["/r/table3.md", "/r/table3_chosen.md", "/r/depth.png"]
     for flag in ("--dry-run", "--status"):
         assert len(hear(listener, script, flag)[0]) == 1
 
