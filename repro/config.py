@@ -54,7 +54,10 @@ def build_parser(cls: type, *, prog: str, description: str = "") -> jsonargparse
         else:
             default = field.default
         names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
-        settings: dict[str, Any] = {"help": texts.get(field.name) or None}
+        text = texts.get(field.name, "")
+        if _is_bool(hints[field.name]):
+            text += f" [switch: --{field.name} or --no_{field.name}]"
+        settings: dict[str, Any] = {"help": text.strip() or None}
         if default is dataclasses.MISSING:
             settings["required"] = True
         else:

@@ -183,4 +183,5 @@ def test_help_says_what_each_field_is_for(capsys):
         parse_config(Config, ["--help"], prog="test", description="Says hello.")
     assert left.value.code == 0
     told = capsys.readouterr().out
+    assert "[switch: --shuffle or --no_shuffle]" in " ".join(told.split())
     assert "Says hello." in told and "which model; gcn is the paper's" in told and "--batch_size" in told

@@ -33,7 +33,7 @@ def start(lines, results, *flags, cluster="none"):
     return process
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "nothing happened"
@@ -208,7 +208,7 @@ def test_killed_in_the_middle_and_started_again_no_finished_cell_is_repeated_and
     first.kill()
     first.communicate()
     second = start(lines, tmp_path / "results", "--jobs", "2")
-    _, told = second.communicate(timeout=60)
+    _, told = second.communicate(timeout=150)
     assert second.returncode == 0, told
     # The killed sweep's children live on, and hold their cells: even those are not run twice.
     assert Counter(experiment.noted("starts")) == Counter(names) == Counter(experiment.noted("finished"))
@@ -235,7 +235,7 @@ def test_two_sweeps_over_one_folder_run_no_cell_twice(experiment, tmp_path):
     lines = [experiment.line(name, sleep=0.1) for name in names]
     sweeps = [start(order, tmp_path / "results", "--jobs", "2") for order in (lines, lines[::-1])]
     for process in sweeps:
-        _, told = process.communicate(timeout=60)
+        _, told = process.communicate(timeout=150)
         assert process.returncode == 0, told
     assert Counter(experiment.noted("starts")) == Counter(names) == Counter(experiment.noted("finished"))
 
@@ -250,7 +250,7 @@ def test_ctrl_c_stops_the_cells_which_save_and_are_gone(experiment, tmp_path, cl
     wait_until(lambda: len(experiment.noted("pids")) == 2)
     time.sleep(0.1)
     process.send_signal(signum)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=150)
     assert process.returncode == code, told
     assert not any(alive(pid) for pid in experiment.noted("pids"))
     assert sorted(experiment.noted("saved")) == sorted(experiment.noted("starts")) == ["a", "b"]
