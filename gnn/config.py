@@ -58,7 +58,7 @@ class Config:
     """Share of the edges left out of each training step (DropEdge); 0 = off, as in Table 3. Self-loops stay."""
 
     norm_mode: NormName = "None"
-    """Norm after the convolution of every hidden layer. LN here is centring over nodes + L2-normalized rows."""
+    """Norm after the convolution of every hidden layer. LN here is rows centred and L2-normalized, no parameters."""
 
     norm_scale: float | None = None
     """Scale of PN, PN-SI, PN-SCS (unset: 1) and CN (required: a default of 0 would silently mean no ContraNorm)."""

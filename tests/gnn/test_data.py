@@ -67,8 +67,10 @@ def test_protocols_test_on_different_nodes(make_data: Callable[..., Any]) -> Non
 # -- real data ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n if n not in ("squirrel", "dblp", "coauthor_cs") else pytest.param(n, marks=pytest.mark.slow)
-                                  for n in FACTS])  # fmt: skip
+LARGE = ("squirrel", "dblp", "coauthor_cs")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in FACTS])
 def test_real_graphs_have_the_published_counts(name: str, data_root: Path) -> None:
     before = listing(data_root / "graphs" / graphs.SOURCES[name].root)
     graph = load_graph(name, data_root)

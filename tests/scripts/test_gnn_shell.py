@@ -1,4 +1,4 @@
-"""The shell of gnn/: what it would run, that every line of it trains, and the way from lines to a table and a figure."""
+"""The shell of gnn/: what it would run, that each line trains, and the way from lines to a table and a figure."""
 
 from __future__ import annotations
 
