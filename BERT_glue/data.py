@@ -207,15 +207,26 @@ def _check_columns(rows: Dataset, names: tuple[str, ...], where: str) -> None:
     if missing:
         raise UserError(f"{where}: no column {missing[0]!r} (found: {', '.join(rows.column_names)})")
     for name in names:
+        if (kind := _kind(rows, name)) not in ("string", "large_string"):
+            raise UserError(f"{where}: column {name!r} holds {kind}, not text")
         if any(value is None for value in rows[name]):
             raise UserError(f"{where}: column {name!r} has rows without text")
+
+
+def _kind(rows: Dataset, name: str) -> str:
+    """The type of a column's values: string, int64, float64, ..., or that of a nested one."""
+    feature = rows.features[name]
+    return str(getattr(feature, "dtype", type(feature).__name__))
 
 
 def _check_labels(rows: Dataset, count: int, where: str) -> None:
     """Labels must be 0 … count - 1; finite numbers for regression (count 0)."""
     if "label" not in rows.column_names:
         raise UserError(f"{where}: no column 'label' (found: {', '.join(rows.column_names)})")
-    labels = torch.as_tensor(rows["label"][:])
+    values = rows["label"][:]
+    if not (kind := _kind(rows, "label")).startswith(("int", "uint", "float")) or any(v is None for v in values):
+        raise UserError(f"{where}: column 'label' holds {kind}, or has rows without a number")
+    labels = torch.as_tensor(values)
     if count and (labels.is_floating_point() or labels.min() < 0 or labels.max() >= count):
         raise UserError(f"{where}: labels from {labels.min()} to {labels.max()}, the task has 0 to {count - 1}")
     if not count and not labels.isfinite().all():
