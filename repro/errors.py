@@ -21,6 +21,19 @@ class Interrupted(SystemExit):
         super().__init__(128 + signum)
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """True for Python's, torch's CPU allocator's and a GPU's way to say it; torch itself need not be loaded."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def run_main(main: Callable[[], object]) -> NoReturn:
     """Call `main` and leave the process: 0 when it returns, 2 with one line on a `UserError`, 130 on Ctrl-C.
 
@@ -37,5 +50,13 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     except OSError as error:  # disk full, read-only folder, vanished file: the system's reason is the one clear line
         where = f": {error.filename}" if error.filename else ""
         print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        print(
+            f"error: out of memory ({_first_line(error)}): smaller batches or a smaller model need less",
+            file=sys.stderr,
+        )
         sys.exit(2)
     sys.exit(result if isinstance(result, int) and not isinstance(result, bool) else 0)

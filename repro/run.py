@@ -5,8 +5,10 @@ record.json's presence means *done*. The same command again goes on from the las
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import math
 import os
@@ -43,7 +45,7 @@ def environment() -> dict[str, Any]:
     return {
         "commit": _commit(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in _PACKAGES if _installed(name)},
+        "versions": dict(_versions()),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "cpus": len(os.sched_getaffinity(0)),
@@ -51,12 +53,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+@functools.cache
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _commit() -> str | None:

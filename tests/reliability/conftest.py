@@ -122,7 +122,8 @@ def wait(pid: int, seconds: float = 60) -> int:
 
 def run_cell(words: list[str]) -> None:
     """What `python tiny ...` of a sweep's line does; notes each start, and whether there was a record by then."""
-    config = parse_config(Config, words, prog="tiny")
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    config = Config(given["--output_dir"], int(given["--seed"]), int(given["--steps"]))
     folder = Path(config.output_dir)
     with open(folder / "starts.txt", "a") as file:
         file.write("again\n" if (folder / "record.json").exists() else "start\n")
@@ -203,8 +204,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny() -> SimpleNamespace:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """The tools of this file, for the tests."""
+    # What is loaded here need not be loaded in each child.
+    parse_config(sweep.Config, ["--results", "x"], prog="warm up")
+    experiment(Config(str(tmp_path_factory.mktemp("warm")), steps=1))
     return SimpleNamespace(
         Config=Config, experiment=experiment, forked=forked, wait=wait, start_sweep=start_sweep, lines=sweep_lines,
         comparable=comparable,
