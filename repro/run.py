@@ -177,8 +177,10 @@ class Run:
         for name in ("args.yaml", "env.json", "metrics.jsonl", "record.json"):
             for path in self.folder.glob(f".{name}.*.tmp"):
                 path.unlink(missing_ok=True)
-        for path in (self.folder / "checkpoints").glob(".tmp-*"):
+        for path in (self.folder / "checkpoints").glob("*" if self.done else ".tmp-*"):
             shutil.rmtree(path, ignore_errors=True)
+        if self.done and (self.folder / "checkpoints").is_dir():
+            (self.folder / "checkpoints").rmdir()
 
     # -- during the run ------------------------------------------------------------------------------------------
 
