@@ -182,6 +182,8 @@ class Config:
     """Steps between checkpoints; 0 saves at the end of each epoch."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
+    report_to: str = "none"
+    """Also log to tensorboard, wandb, trackio or mlflow, whichever is installed; metrics.jsonl is always written."""
     probe: bool = False
     """At the end, record the collapse metrics after every block on one batch of evaluation images."""
 

@@ -90,7 +90,12 @@ class Parquet:
     """Parquet files in the Hugging Face image schema: a column of encoded images and one of class labels."""
 
     def __init__(self, files: list[Path]) -> None:
-        table = datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train")
+        try:
+            table = datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train")
+        except Exception as error:  # a damaged file is told in one of many types, by pyarrow or by datasets
+            told = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+            names = files[0] if len(files) == 1 else f"{files[0].parent}/{files[0].name} and {len(files) - 1} more"
+            raise UserError(f"{names}: not readable as parquet ({told[0]}): fetch the original again") from error
         features = table.features
         images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
         labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
@@ -100,6 +105,8 @@ class Parquet:
             )
         self.classes = list(features[labels[0]].names)
         self._name = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
+        if any(label is None for label in table[labels[0]]):
+            raise UserError(f"{self._name}: rows without a label")
         self._labels = np.asarray(table[labels[0]], dtype=np.int64)
         self._images = table.cast_column(images[0], datasets.Image(decode=False)).select_columns(images)
         self._column = images[0]

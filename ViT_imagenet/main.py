@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.mixed_precision == "fp16" and (config.cpu or not torch.cuda.is_available()):
         raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no")
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.cpu)
-    run = Run(config.output_dir, "ViT_imagenet", config, main=accelerator.is_main_process)
+    main_process = accelerator.is_main_process
+    run = Run(config.output_dir, "ViT_imagenet", config, main=main_process, report_to=config.report_to)
     if run.done:
         with run:
             return

@@ -100,6 +100,9 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU when there is one. Published numbers of this project name theirs."""
 
+    report_to: str = "none"
+    """Also log to tensorboard, wandb, trackio or mlflow, whichever is installed; metrics.jsonl is always written."""
+
     data_root: str = field(default_factory=default_data_root)
     """Folder with graphs/..., read first and never written; default $CONTRANORM_DATA, else data/."""
 

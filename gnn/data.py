@@ -108,6 +108,13 @@ def as_graph(name: str, data: Data, split: int | None = None) -> Graph:
         UserError: NaN or infinite features, an edge to a missing node, wrong lengths, overlapping or empty node sets.
     """
     n = data.x.shape[0]
+    if data.x.dim() != 2 or not data.x.is_floating_point():
+        raise UserError(f"{name}: features must be a matrix of floats, got {data.x.dtype} {tuple(data.x.shape)}")
+    for part, tensor in (("labels", data.y), ("edges", data.edge_index)):
+        if tensor.is_floating_point():
+            raise UserError(f"{name}: {part} must be whole numbers, got {tensor.dtype}: columns swapped?")
+    if data.edge_index.dim() != 2 or data.edge_index.shape[0] != 2:
+        raise UserError(f"{name}: edges must be two rows of node numbers, got {tuple(data.edge_index.shape)}")
     if not torch.isfinite(data.x).all():
         row = int((~torch.isfinite(data.x)).any(dim=1).nonzero()[0])
         raise UserError(f"{name}: the features of node {row} hold NaN or infinity: repair the raw file")
@@ -115,8 +122,11 @@ def as_graph(name: str, data: Data, split: int | None = None) -> Graph:
     if outside.any():
         a, b = data.edge_index[:, int(outside.any(dim=0).nonzero()[0])].tolist()
         raise UserError(f"{name}: the edge {a} - {b} leads to a missing node (there are 0 to {n - 1})")
-    if data.y.shape != (n,) or int(data.y.min()) < 0:
-        raise UserError(f"{name}: labels must be {n} numbers from 0 on, got {tuple(data.y.shape)}, min {data.y.min()}")
+    if data.y.shape != (n,) or not 0 <= int(data.y.min()) <= int(data.y.max()) < n:
+        raise UserError(
+            f"{name}: labels must be {n} numbers from 0 to fewer than {n}, got {tuple(data.y.shape)}, "
+            f"{data.y.min()} to {data.y.max()}"
+        )
     if "train_mask" not in data:
         data.train_mask, data.val_mask, data.test_mask = random_split(data.y)
     masks = [data.train_mask, data.val_mask, data.test_mask]

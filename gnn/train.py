@@ -34,7 +34,7 @@ def train(config: Config, *, quiet: bool = False) -> None:
     """
     device = choose_device(config.device)
     graph = load_graph(config.data, config.data_root, split=config.split)  # before Run: bad data leaves no folder
-    with Run(config.output_dir, "gnn", config) as run:
+    with Run(config.output_dir, "gnn", config, report_to=config.report_to) as run:
         if run.done:
             return
         seed_everything(config.seed)

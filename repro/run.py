@@ -33,6 +33,7 @@ import yaml
 from repro.checkpoint import load_checkpoint, save_checkpoint, write_atomic
 from repro.config import load_yaml, to_yaml
 from repro.errors import Interrupted, UserError
+from repro.track import NONE, Trackers
 
 SCHEMA = 1
 # Fields that say where and how a run is done, not what it computes: they may differ when a run is continued.
@@ -101,18 +102,22 @@ class Run:
         experiment: name of the sub-project, for the record.
         config: dataclass of all settings; with a field `seed`.
         main: False in the processes that only help (rank > 0): they read, and write nothing.
+        report_to: trackers that get every line of metrics too ("tensorboard", "wandb,mlflow", ...); see repro.track.
 
     Raises:
         UserError: another process holds the folder, it belongs to a run with other settings, or it cannot be written.
     """
 
-    def __init__(self, output_dir: str | Path, experiment: str, config: Any, *, main: bool = True) -> None:
+    def __init__(
+        self, output_dir: str | Path, experiment: str, config: Any, *, main: bool = True, report_to: str = NONE
+    ) -> None:
         self.folder = Path(output_dir)
         self.experiment = experiment
         self.config = config
         self.main = main
         self.started = time.monotonic()
         self.previous_seconds = 0.0
+        self._trackers = Trackers(report_to if main else NONE)
         self._lines = 0
         self._stop_signal: int | None = None
         self._lock: IO[str] | None = None
@@ -144,6 +149,7 @@ class Run:
             print(f"done already: {self.folder / 'record.json'} (delete the folder to run again)")
         elif self.main:
             self._write_json("env.json", environment())
+            self._trackers.start(self.experiment, self.folder, self.config)
         return self
 
     def __exit__(
@@ -151,6 +157,7 @@ class Run:
     ) -> None:
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
+        self._trackers.finish()
         if self._lock is not None:
             self._lock.close()
 
@@ -177,8 +184,10 @@ class Run:
         for name in ("args.yaml", "env.json", "metrics.jsonl", "record.json"):
             for path in self.folder.glob(f".{name}.*.tmp"):
                 path.unlink(missing_ok=True)
-        for path in (self.folder / "checkpoints").glob(".tmp-*"):
+        for path in (self.folder / "checkpoints").glob("*" if self.done else ".tmp-*"):
             shutil.rmtree(path, ignore_errors=True)
+        if self.done and (self.folder / "checkpoints").is_dir():
+            (self.folder / "checkpoints").rmdir()
 
     # -- during the run ------------------------------------------------------------------------------------------
 
@@ -204,6 +213,7 @@ class Run:
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(values)) + "\n")
         self._lines += 1
+        self._trackers.log(_plain(values))
 
     def restore(self) -> tuple[int, Any] | None:
         """(step, state) of the last whole checkpoint, or None; metrics.jsonl is cut back to that step."""

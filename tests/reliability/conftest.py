@@ -52,24 +52,26 @@ def experiment(config: Config, pause: float = 0.0) -> None:
         seed_everything(config.seed)
         weight = torch.randn(8, requires_grad=True)
         optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
-        start = 0
+        start, last = 0, float("nan")
         if (found := run.restore()) is not None:
             start, state = found
             with torch.no_grad():
                 weight.copy_(state["weight"])
             optimizer.load_state_dict(state["optimizer"])
             set_rng_state(state["rng"])
+            last = state["last"]
         for step in range(start + 1, config.steps + 1):
             batch = torch.randn(16, 8)
             loss = (batch @ weight - batch.sum(dim=1)).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.log({"epoch": step, "loss": loss.item()})
+            last = loss.item()
+            run.log({"epoch": step, "loss": last})
             time.sleep(pause)
-            state = {"weight": weight.detach(), "optimizer": optimizer.state_dict(), "rng": rng_state()}
+            state = {"weight": weight.detach(), "optimizer": optimizer.state_dict(), "rng": rng_state(), "last": last}
             run.checkpoint(step, state)
-        run.finish({"loss": loss.item(), "weight": weight.tolist()}, protocol="tiny", selection="last step")
+        run.finish({"loss": last, "weight": weight.tolist()}, protocol="tiny", selection="last step")
 
 
 def forked(body: Callable[[], object], out: Path | int, keep: tuple[int, ...] = ()) -> int:

@@ -1,7 +1,8 @@
 """A tiny resumable experiment without torch, for sweeps: adds up numbers that depend on the seed, step by step.
 
-Like a real one it saves after every step, leaves on SIGTERM and SIGUSR2 with what it has, goes on from there, and writes
-its record last. `--pause` makes a step take that many seconds, `--until FILE` makes it wait, in the middle, for a file.
+Like a real one it saves after every step, leaves on SIGTERM and SIGUSR2 with what it has, goes on from there, and
+writes its record last. `--pause` makes a step take that many seconds, `--until FILE` makes it wait, in the middle, for
+a file.
 """
 
 from __future__ import annotations

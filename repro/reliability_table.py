@@ -1,0 +1,78 @@
+"""The README's table of reliability figures, from what the tests measured.
+
+RELIABILITY_FIGURES=results/reliability/figures.json python -m pytest tests/reliability -m "slow or not slow"
+python -m repro.reliability_table
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from repro.config import parse_config
+from repro.errors import UserError, run_main
+
+
+@dataclass
+class Config:
+    """Which figures."""
+
+    figures: str = "results/reliability/figures.json"
+    """JSON file that the tests wrote."""
+
+
+def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """(what was done, what came of it) for every figure that is there."""
+    found: list[tuple[str, str]] = []
+    if kills := figures.get("kills"):
+        found.append((
+            f"{kills['kills']} SIGKILLs at random moments over a {kills['cells']}-cell sweep ({kills['of_the_sweep']} "
+            f"of the sweep, {kills['of_a_cell']} of a cell, {kills['of_everything']} of everything at once)",
+            f"{kills['lost']} cells lost, {kills['run_again_after_record']} run again after their record, "
+            f"{kills['differing_records']} records differ from the undisturbed sweep's",
+        ))  # fmt: skip
+    if shared := figures.get("two_sweeps"):
+        found.append((
+            f"two sweeps at once over one folder of {shared['cells']} cells", f"{shared['cell_starts']} cell starts"
+        ))  # fmt: skip
+    for name, told in (("write_deaths", "death before"), ("write_errors", "disk full at")):
+        if points := figures.get(name):
+            found.append((
+                f"{told} every write of a run, {points['points']} of them",
+                f"{points['resumed_equal']} resumed with equal records",
+            ))  # fmt: skip
+    if damage := figures.get("checkpoint_damage"):
+        found.append((
+            f"a checkpoint of {damage['bytes']} bytes: a bit flipped at, and the file cut at, every offset",
+            f"{damage['noticed']} of {damage['damages']} damages noticed",
+        ))  # fmt: skip
+    for kind, outcomes in sorted(figures.get("mutated_inputs", {}).items()):
+        results = ", ".join(f"{number} {name}" for name, number in sorted(outcomes.items()) if name != "inputs")
+        found.append((f"{outcomes['inputs']} mutated {kind}", f"{results}; 0 tracebacks, hangs or executed code"))
+    if processes := figures.get("two_processes"):
+        found.append((
+            "one of two training processes killed",
+            f"ended after {processes['seconds_until_the_run_ended']} s (limit {processes['limit']} s), then resumed",
+        ))  # fmt: skip
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table as Markdown."""
+    config = parse_config(Config, argv, prog="python -m repro.reliability_table", description=__doc__ or "")
+    path = Path(config.figures)
+    try:
+        found = rows(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file (RELIABILITY_FIGURES={path} pytest tests/reliability)") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: not a file of reliability figures ({error})") from error
+    print("| Done to it | Result |\n|---|---|")
+    for done, result in found:
+        print(f"| {done} | {result} |")
+
+
+if __name__ == "__main__":
+    run_main(main)

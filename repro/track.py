@@ -1,0 +1,76 @@
+"""`--report_to tensorboard|wandb|trackio|mlflow`: metrics go to a tracker as well, through accelerate's classes.
+
+metrics.jsonl is written in any case; no tracker is a dependency, and nothing here is imported unless one is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from repro.errors import UserError
+
+NONE = "none"
+STEP_NAMES = ("step", "epoch")  # the first of these in a line of metrics is its place on the tracker's axis
+
+
+class Trackers:
+    """The trackers of one run; those of `--report_to none` do nothing.
+
+    Args:
+        names: comma-separated, or "none".
+
+    Raises:
+        UserError: accelerate or a tracker's package is not installed, or accelerate does not know the name.
+    """
+
+    def __init__(self, names: str) -> None:
+        self._names = [] if names == NONE else [name.strip() for name in names.split(",")]
+        self._open: list[Any] = []
+        if not self._names:
+            return
+        try:
+            from accelerate import tracking
+        except ImportError as error:
+            raise UserError(f"--report_to {names} needs accelerate: pip install accelerate") from error
+        there = sorted(str(kind) for kind in tracking.get_available_trackers())
+        if missing := [name for name in self._names if name not in there]:
+            told = ", ".join(there) or "none"
+            raise UserError(f"--report_to {', '.join(missing)}: not installed (found: {told}); pip install it")
+        self._classes = [tracking.LOGGER_TYPE_TO_CLASS[name] for name in self._names]
+
+    def start(self, project: str, folder: Path, config: Any) -> None:
+        """Open the trackers and tell them the settings.
+
+        Args:
+            project: the experiment's name.
+            folder: the run folder, for trackers that write files.
+            config: dataclass of all settings.
+        """
+        if not self._names:
+            return
+        from accelerate import PartialState
+
+        PartialState()  # accelerate's trackers ask it which process is the main one
+        plain = {
+            name: value if isinstance(value, (bool, int, float, str)) else str(value)
+            for name, value in dataclasses.asdict(config).items()
+        }
+        for kind in self._classes:
+            tracker = kind(project, str(folder)) if kind.requires_logging_directory else kind(project)
+            tracker.start()
+            tracker.store_init_configuration(plain)
+            self._open.append(tracker)
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Pass on one line of metrics.jsonl."""
+        step = next((int(values[name]) for name in STEP_NAMES if name in values), None)
+        for tracker in self._open:
+            tracker.log({k: v for k, v in values.items() if isinstance(v, (int, float, str))}, step=step)
+
+    def finish(self) -> None:
+        """Close them."""
+        for tracker in self._open:
+            tracker.finish()
+        self._open = []
