@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -33,9 +34,11 @@ def train(config: Config, *, quiet: bool = False) -> None:
         quiet: no progress bar and no printed lines (several runs at once).
     """
     device = choose_device(config.device)
-    graph = load_graph(config.data, config.data_root, split=config.split)  # before Run: bad data leaves no folder
+    finished = (Path(config.output_dir) / "record.json").exists()  # needs no data to say so
+    # Loaded before Run: bad data leaves no folder.
+    graph = None if finished else load_graph(config.data, config.data_root, split=config.split)
     with Run(config.output_dir, "gnn", config, report_to=config.report_to) as run:
-        if run.done:
+        if run.done or graph is None:
             return
         seed_everything(config.seed)
         x, adjacency = inputs(graph, config, device)
