@@ -19,6 +19,12 @@ from docstring_parser import parse_from_object
 from repro.errors import UserError
 
 T = TypeVar("T")
+# What jsonargparse and YAML raise for a bad flag or file. ValueError: not UTF-8, or an integer of thousands of digits;
+# RecursionError: a list that holds itself.
+_UNREADABLE = (
+    argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, ValueError, OverflowError, RecursionError,
+    yaml.YAMLError,
+)  # fmt: skip
 
 
 def default_data_root() -> str:
@@ -106,9 +112,14 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None, *, prog: str, 
     arguments = _expand_switches(cls, sys.argv[1:] if argv is None else argv)
     try:
         namespace = parser.parse_args(arguments)
-    except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{prog}: {_short(str(error))} (see {prog} --help)") from error
     values = {f.name: namespace[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name, hint in typing.get_type_hints(cls).items():
+        if values.get(name) is None and type(None) not in typing.get_args(
+            hint
+        ):  # the parser takes null for "not given"
+            raise UserError(f"{prog}: {name} has no value (null): give one, or leave the line out")
     try:
         return cls(**values)
     except ValueError as error:
@@ -136,5 +147,5 @@ def load_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a number of 5,000 digits
         raise UserError(f"{path}: not readable as YAML: {_short(str(error))}") from error

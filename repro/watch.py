@@ -1,6 +1,7 @@
 """Watch a sweep from another terminal: `python -m repro.watch RESULTS` shows its cells, their progress and time left.
 
-Everything is read from the run folders, so it works on any machine that sees them, while the sweep runs anywhere.
+Everything is read from the run folders, so it works on any machine that sees them, while the sweep runs anywhere;
+where there is a SLURM queue, it is asked as well.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from pathlib import Path
 
 import yaml
 
-from repro.cells import Cell, Status, last_line, status
+from repro.cells import Cell, Status, last_line
 from repro.config import parse_config
 from repro.errors import UserError, run_main
-from repro.sweep import known_cells
+from repro.launch import ledger_path, queue_states, queue_status, read_ledger
+from repro.sweep import LOST, known_cells
 
-ORDER = ("running", "failed", "interrupted", "waiting", "done")
+ORDER = ("running", "failed", "cancelled", "interrupted", "waiting", "done")
 LENGTH_FIELDS = ("epochs", "num_train_epochs")  # the config fields that say how long a run is
 _CLEAR = "\x1b[H\x1b[2J"
 
@@ -87,18 +89,25 @@ def told_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def render(cells: list[Cell], width: int, height: int) -> str:
+def look(cells: list[Cell], folder: Path) -> list[tuple[Cell, Status]]:
+    """What the folders say, and the queue where cells were ever queued."""
+    jobs = read_ledger(ledger_path(folder))
+    queue = (queue_states() or {}) if jobs else {}
+    return [(cell, queue_status(cell, jobs.get(cell.line), queue)) for cell in cells]
+
+
+def render(states: list[tuple[Cell, Status]], width: int, height: int) -> str:
     """The table: running and failed cells first, as many as fit."""
-    states = [(cell, status(cell)) for cell in cells]
     counts: Counter[str] = Counter(found.state for _, found in states)
+    cells = len(states)
     left = seconds_left(states)
-    head = f"{len(cells)} cells: " + ", ".join(f"{counts[name]} {name}" for name in ORDER)
+    head = f"{cells} cells: " + ", ".join(f"{counts[name]} {name}" for name in ORDER)
     if left is not None:
         head += f"; about {told_seconds(left)} left"
     bar_width = max(10, min(60, width - 10))
-    filled = round(bar_width * counts["done"] / max(1, len(cells)))
-    rows = [head, "[" + "#" * filled + "." * (bar_width - filled) + f"] {counts['done'] / max(1, len(cells)):.0%}"]
-    states.sort(key=lambda item: ORDER.index(item[1].state))
+    filled = round(bar_width * counts["done"] / max(1, cells))
+    rows = [head, "[" + "#" * filled + "." * (bar_width - filled) + f"] {counts['done'] / max(1, cells):.0%}"]
+    states = sorted(states, key=lambda item: ORDER.index(item[1].state))
     shown = states[: max(1, height - 4)]
     rows += [_row(cell, found)[:width] for cell, found in shown]
     if len(shown) < len(states):
@@ -111,7 +120,7 @@ def _row(cell: Cell, found: Status) -> str:
     how_far = f"{done:4.0%}" if done is not None else "    "
     seconds = running_seconds(found) if found.state == "running" else found.details.get("seconds")
     took = told_seconds(float(seconds)) if seconds is not None else ""
-    told = f"  {found.told}: {last_line(cell.folder)}" if found.state in ("failed", "interrupted") else ""
+    told = f"  {found.told}: {last_line(cell.folder)}" if found.state in LOST else ""
     return f"{found.state:<11} {how_far} {took:>8}  {cell.folder.name}{told}"
 
 
@@ -128,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         cells = known_cells(folder)
         size = shutil.get_terminal_size((160, len(cells) + 4))
         live = sys.stdout.isatty() and not config.once
-        text = render(cells, size.columns, size.lines if live else len(cells) + 4)
+        text = render(look(cells, folder), size.columns, size.lines if live else len(cells) + 4)
         print((_CLEAR if live else "") + text, end="", flush=True)
         if not live or all((cell.folder / "record.json").exists() for cell in cells):
             return

@@ -2,7 +2,7 @@
 # Every check: style, types, tests. Makes .venv first if it is missing; works from any folder.
 #   bash scripts/test.sh                          about 10 minutes on 2 cores
 #   bash scripts/test.sh tests/repro -x           other arguments go to pytest
-#   bash scripts/test.sh --slurm                  the tests of real SLURM daemons too (slurmctld, slurmd must be installed)
+#   bash scripts/test.sh --slurm                  the tests of real SLURM daemons too (installs them, when root)
 #   bash scripts/test.sh --slow                   the long ones too
 # The last line is pytest's; the exit code is 0 when all checks passed. JOBS test processes run side by side.
 set -euo pipefail
@@ -12,7 +12,7 @@ slow="not slow" slurm="not slurm" arguments=()
 for argument in "$@"; do
     case "$argument" in
         --slow) slow="" ;;
-        --slurm) slurm="" ;;
+        --slurm) slurm="" && { bash "$scripts/install_slurm.sh" || true; } ;; # without it those tests skip, and say why
         *) arguments+=("$argument") ;;
     esac
 done

@@ -141,6 +141,8 @@ def test_mutated_checkpoints(tmp_path: Path, trials: Trials, tiny: Any, figures:
         trials.read(lambda folder=folder: tiny.experiment(tiny.Config(str(folder), steps=3)))  # type: ignore[misc]
         assert tiny.comparable(folder) == calm
         shutil.rmtree(folder)
+    assert trials.outcomes == {"still valid, read": PER_KIND}
+    trials.outcomes = Counter({"runs ended with the undisturbed record": PER_KIND})
     note(figures, "checkpoints", trials)
 
 

@@ -141,7 +141,8 @@ def test_failing_cells_stop_nothing_and_are_listed_with_their_last_words(experim
     assert "killed by SIGKILL (out of memory?)" in told and "exit code 0, but no record.json" in told
     assert run_sweep(lines, "--status") == 0
     told = capsys.readouterr().out
-    assert "2 done, 0 running, 0 waiting, 0 interrupted, 3 failed" in told and "boom: the last line of a" in told
+    assert "2 done, 0 running, 0 waiting, 0 interrupted, 0 cancelled, 3 failed" in told
+    assert "boom: the last line of a" in told
     assert run_sweep([], "--status") == 0  # the lines are remembered
     assert capsys.readouterr().out == told
     Path(experiment.script).write_text(Path(experiment.script).read_text().replace('do == "fail"', "False"))

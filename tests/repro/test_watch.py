@@ -12,7 +12,7 @@ import pytest
 
 from repro.cells import read_cells
 from repro.errors import UserError
-from repro.watch import main, progress, render, told_seconds
+from repro.watch import look, main, progress, render, told_seconds
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_table(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         main([str(results)])
     rows = capsys.readouterr().out.splitlines()
-    assert rows[0].startswith("5 cells: 1 running, 1 failed, 0 interrupted, 2 waiting, 1 done; about 2:")
+    assert rows[0].startswith("5 cells: 1 running, 1 failed, 0 cancelled, 0 interrupted, 2 waiting, 1 done; about 2:")
     assert rows[1].endswith("] 20%")
     assert rows[2].split()[:2] == ["running", "25%"]
     assert rows[3].split()[0] == "failed" and rows[3].endswith("exit code 2: error: no such graph")
@@ -55,7 +55,7 @@ def test_a_dead_cell_is_not_called_running(results: Path, capsys: pytest.Capture
 
 def test_long_sweeps_are_cut_to_the_terminal(results: Path) -> None:
     cells, _ = read_cells((results / "sweep.txt").read_text().splitlines(), results)
-    text = render(cells, 40, 6)
+    text = render(look(cells, results), 40, 6)
     assert text.count("\n") == 5 and "... and 3 more" in text
     assert all(len(row) <= 40 for row in text.splitlines()[2:])
 
