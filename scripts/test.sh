@@ -19,7 +19,7 @@ done
 marks="$slow${slow:+${slurm:+ and }}$slurm"
 
 if [ -n "${CONTRANORM_DATA:-}" ]; then CONTRANORM_DATA="$(realpath -m "$CONTRANORM_DATA")"; export CONTRANORM_DATA; fi
-timeout --foreground "${INSTALL_SECONDS:-600}" bash "$scripts/setup.sh" # what is left for the sourced one: PYTHON, cd
+timeout --foreground "${INSTALL_SECONDS:-1800}" bash "$scripts/setup.sh" # what is left for the sourced one: PYTHON, cd
 source "$scripts/setup.sh"
 export OMP_NUM_THREADS=1
 
@@ -35,6 +35,6 @@ check() {
 check 60 ruff check .
 check 60 ruff format --check .
 check 180 mypy
-timeout --foreground --signal=INT --kill-after=30 "${TEST_SECONDS:-600}" \
+timeout --foreground --signal=INT --kill-after=30 "${TEST_SECONDS:-1800}" \
     "$PYTHON" -m pytest -q -n "${JOBS:-2}" --dist loadgroup -m "$marks" "${arguments[@]}" || status=$?
 exit "$status"
