@@ -83,7 +83,7 @@ def save_checkpoint(folder: Path, step: int, state: Any) -> Path:
     """Write `state` as `folder/step-XXXXXXXXXX`, then drop all but the last two.
 
     Args:
-        folder: the run's checkpoint folder; made if missing.
+        folder: the run's checkpoint folder; made if missing, in a folder that is there.
         step: number of the step (or epoch) that `state` is the end of; orders the checkpoints.
         state: nest of dicts, lists, tuples, numbers, strings, None and tensors.
 
@@ -94,7 +94,7 @@ def save_checkpoint(folder: Path, step: int, state: Any) -> Path:
         TypeError: `state` holds something else.
         OSError: disk full, folder read-only; the checkpoints that were there stay whole.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # not its parents: a run's folder that was taken away is not made again
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(_encode(state, tensors))
     contents = {_FILES[0]: save(tensors), _FILES[1]: text.encode()}

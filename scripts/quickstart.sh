@@ -7,5 +7,5 @@
 set -euo pipefail
 if [ -n "${CONTRANORM_DATA:-}" ]; then CONTRANORM_DATA="$(realpath -m "$CONTRANORM_DATA")"; export CONTRANORM_DATA; fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-if [ -z "${CONTRANORM_DATA:-}" ] && [ -d ../shared/data ]; then export CONTRANORM_DATA="$PWD/../shared/data"; fi
+if [ -z "${CONTRANORM_DATA:-}" ] && [ -d ../shared/data ]; then export CONTRANORM_DATA=../shared/data; fi
 exec "$PYTHON" -m gnn.quickstart --data "${DATA:-digits}" "$@"

@@ -37,6 +37,7 @@ def main():
             return
         start, state = run.restore() or (0, {"x": torch.zeros(1)})
         x = state["x"]
+        pathlib.Path(config.output_dir).mkdir(exist_ok=True)  # rank 1 may be here before rank 0 has made it
         (pathlib.Path(config.output_dir) / f"pid-{rank}").write_text(str(os.getpid()))
         for step in range(start, 40):
             time.sleep(0.1)
