@@ -38,3 +38,10 @@ def data_root() -> Path:
 def python() -> str:
     """The interpreter that runs the tests."""
     return sys.executable
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator_state() -> None:
+    """accelerate keeps one precision per process: a test must not inherit that of the one before."""
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
