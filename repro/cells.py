@@ -269,6 +269,9 @@ def told_exit(code: Any) -> str:
 # -- running one -----------------------------------------------------------------------------------------------------
 
 
+_LEFTOVERS = ".cell.json.*.tmp"
+
+
 class CellRunner:
     """Runs one cell in a child process; what submitit pickles and calls, and asks to `checkpoint` before a requeue.
 
@@ -298,6 +301,7 @@ class CellRunner:
         if lock is None:
             return "elsewhere"
         with lock:
+            _remove_leftovers(folder)
             if is_done(folder):
                 return "done"
             return self._run(folder, lock)
@@ -421,6 +425,19 @@ def _acquire(path: Path) -> IO[str] | None:
             time.sleep(0.02)
     file.close()
     return None
+
+
+def sweep_up(folder: Path) -> None:
+    """Remove what a process that was killed while it described this cell has left, unless the cell is being run."""
+    if any(folder.glob(_LEFTOVERS)) and (lock := _acquire(folder / "sweep.lock")) is not None:
+        with lock:
+            _remove_leftovers(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """The same for the holder of the cell's lock: nobody else writes the description."""
+    for path in folder.glob(_LEFTOVERS):
+        path.unlink(missing_ok=True)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from tqdm import tqdm
 
-from repro.cells import Cell, State, Status, is_held, last_line, read_cells, status
+from repro.cells import Cell, State, Status, is_held, last_line, read_cells, status, sweep_up
 from repro.config import parse_config
 from repro.errors import Interrupted, UserError, run_main
 from repro.launch import (
@@ -242,6 +242,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         results.mkdir(parents=True, exist_ok=True)
         _remember(results, cells)
+        for cell in cells:
+            sweep_up(cell.folder)
     except OSError as error:
         raise UserError(f"--results {results}: cannot be written ({error.strerror})") from error
     if not todo:
