@@ -89,7 +89,7 @@ def test_fifty_kills_cost_nothing(tmp_path: Path, tiny: Any, figures: dict[str, 
         "differing_records": len(differing),
     }  # fmt: skip
     assert not lost and not repeated and not differing
-    assert sum(map(len, starts.values())) > CELLS + 10  # the kills did hit
+    assert sum(map(len, starts.values())) > CELLS + 3  # the kills did hit; how many do is a matter of timing
     leftovers = [p for folder in disturbed.values() for p in folder.rglob(".*tmp*")]
     assert not leftovers
 
