@@ -61,7 +61,11 @@ def test_fifty_kills_cost_nothing(tmp_path: Path, tiny: Any, figures: dict[str, 
     restarts, kinds = 0, {"sweep": 0, "cell": 0, "all": 0}
     pid = tiny.start_sweep(tmp_path / "disturbed", lines, pause=PAUSE)
     victims = Victims(pid)
-    while sum(kinds.values()) < KILLS:
+
+    def hit() -> bool:  # on a slow machine a kill may come before the cells have begun: then more are needed
+        return sum(len(f.read_text().split()) for f in tmp_path.glob("disturbed/*/starts.txt")) > CELLS + 10
+
+    while sum(kinds.values()) < KILLS or not hit():
         time.sleep(choose.uniform(0.01, 0.35))
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:  # every cell was done or had been killed once: the next sweep takes up the killed ones
@@ -89,7 +93,7 @@ def test_fifty_kills_cost_nothing(tmp_path: Path, tiny: Any, figures: dict[str, 
         "differing_records": len(differing),
     }  # fmt: skip
     assert not lost and not repeated and not differing
-    assert sum(map(len, starts.values())) > CELLS + 3  # the kills did hit; how many do is a matter of timing
+    assert sum(map(len, starts.values())) > CELLS + 10  # the kills did hit
     leftovers = [p for folder in disturbed.values() for p in folder.rglob(".*tmp*")]
     assert not leftovers
 
