@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -71,6 +72,8 @@ class Config:
     """timings of each implementation, taken in turns"""
     tiles: bool = False
     """compare edges of the blocked kernel's tiles instead"""
+    chunks: bool = False
+    """compare numbers of sequences that the fused kernel takes together instead"""
     crossover: bool = False
     """find from which number of rows on the blocked form is the fastest exact one instead"""
     update: bool = False
@@ -192,6 +195,25 @@ def compare_tiles() -> list[dict[str, Any]]:
     return rows
 
 
+def compare_chunks() -> list[dict[str, Any]]:
+    """Fused form at several sizes of its chunks."""
+    rows = []
+    for name in ("bert", "deit_tiny", "deit_small"):
+        x = torch.randn(SHAPES[name].dims).requires_grad_()
+        run = step(x, torch.randn(x.shape), None, implementation="fused")
+
+        def at(chunk: int, run: Callable[[], Tensor] = run) -> Callable[[], Tensor]:
+            def timed() -> Tensor:
+                with mock.patch("contranorm.fused.CHUNK", chunk):
+                    return run()
+
+            return timed
+
+        sizes = {str(c): at(c) for c in (1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20, 1 << 30)}
+        rows += [{"shape": name, "chunk": int(c), "ms": ms} for c, ms in alternate_ms(sizes, rounds=9).items()]
+    return rows
+
+
 def find_crossover() -> list[dict[str, Any]]:
     """The exact forms side by side as N grows, with a graph (plain, blocked) and without (fused, blocked)."""
     rows = []
@@ -245,6 +267,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--update belongs to --crossover: it writes what that finds")
     if config.tiles:
         return report("layer-tiles", compare_tiles(), [], config.json)
+    if config.chunks:
+        return report("layer-chunks", compare_chunks(), [], config.json)
     if config.crossover:
         rows = find_crossover()
         if config.update:

@@ -52,7 +52,7 @@ def contra_norm(
         exclude: sparse CSR (N, N) whose stored entries (i, j), whatever their values, leave row i's softmax: the graph
             form, with x (N, D). A row that has nothing left in its softmax has a contrast term of 0.
         implementation: "plain" stores the N x N matrix and is the definition; "fused" does so with a backward of its
-            own, for batches of short sequences; "blocked" is exact and never does; "sdpa" is attention with
+            own, a few sequences at a time; "blocked" is exact and never does; "sdpa" is attention with
             q = k = x̂; "linear" replaces exp by a polynomial, in time linear in N (error bound: `contranorm.linear`),
             and answers with "blocked", after a warning, where that bound is broken; "auto" chooses among the exact
             ones by shape and device.
@@ -75,14 +75,13 @@ def contra_norm(
     if axis == "features" and unit is not None:
         contrast = kernels.feature_contrast(unit, batch, tau=tau, symmetric=symmetric, keep=keep)
     else:
+        name = kernels.resolve(implementation, batch, symmetric=symmetric, exclude=exclude)
+        if name == "fused" and not isinstance(scale, Tensor):
+            own = 1.0 + scale if identity else 1.0
+            moved = kernels.fused_step(batch, own=own, scale=scale, tau=tau, keep=keep)
+            return _restore(moved, x, keep if pre_norm or identity else None)
         contrast = kernels.token_contrast(
-            batch,
-            tau=tau,
-            symmetric=symmetric,
-            keep=keep,
-            exclude=exclude,
-            implementation=implementation,
-            degree=degree,
+            batch, tau=tau, symmetric=symmetric, keep=keep, exclude=exclude, implementation=name, degree=degree
         )
     if isinstance(scale, Tensor):
         step = scale.to(batch.dtype)
@@ -91,8 +90,13 @@ def contra_norm(
         moved = torch.lerp(batch, contrast, -scale)  # x - s (A x - x), in one pass
     else:
         moved = torch.sub(batch, contrast, alpha=scale)
+    return _restore(moved, x, keep)
+
+
+def _restore(moved: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
+    """The result in the shape and dtype of x, and the rows of x where `keep` is False."""
     if keep is not None:
-        moved = torch.where(keep.unsqueeze(-1), moved, work.reshape(batch.shape))
+        moved = torch.where(keep.unsqueeze(-1), moved, x.reshape(moved.shape).to(moved.dtype))
     return moved.reshape(x.shape).to(x.dtype)
 
 

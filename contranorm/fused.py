@@ -1,13 +1,18 @@
-"""The exact contrast term for batches of short sequences, normalization of the rows included, as one function.
+"""The exact step y = own·x - s·A x for batches of short sequences, normalization of the rows included, as one function.
 
-As in `contranorm.blocked`, A v = (K v) / (K 1) with K = exp(x̂ x̂ᵀ / τ), and the gradient by x̂ needs only dS + dSᵀ.
-K is kept for the backward, which is written out: K and dS + dSᵀ are symmetric, so that no transposed product is
-taken (five products of size N x N x D where autograd of the definition takes six), and the passes over (B, N, N) and
-(B, N, D) between them are counted (benchmarks/layer.py compares).
+A = softmax(x̂ x̂ᵀ / τ) is kept for the backward, which is written out. With g the gradient by y, G = g xᵀ and
+dS = A ∘ (G - rowsum(A ∘ G)), the gradient of the logits x̂ x̂ᵀ / τ,
+
+    ∂x = own·g - s·Aᵀ g  through the values,        ∂x̂ = -s (dS + dSᵀ) x̂ / τ  through the cosines.
+
+The sum dS + dSᵀ makes these five products of size N x N x D where autograd takes six; the sums with own·x and own·g are
+part of products. On a CPU a few sequences are taken at a time, so that the passes between the products find their
+operands in the second-level cache (`python -m benchmarks.layer --chunks` measures other sizes).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,61 +20,94 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 NORM_EPS = 1e-12  # as in torch.nn.functional.normalize
+# Elements of (n, N, N + D) that n sequences taken together may have on a CPU.
+CHUNK = 1 << 19
 
 
-class _Contrast(torch.autograd.Function):
-    """softmax(x̂ x̂ᵀ / τ) x over the rows that `keep` (B, N), 0 or 1 in the dtype of x, names; None for all."""
+class _Step(torch.autograd.Function):
+    """own·x - s·A x over the rows that `keep` (B, N) names, None for all; the other rows give own·x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tau: float, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(NORM_EPS)  # (B, N, 1)
-        unit = (x / norm).to(dtype)
-        values = (x if keep is None else x * keep.unsqueeze(-1)).to(dtype)
-        empty = unit.new_empty(())  # beta = 0: not read
-        kernel = torch.baddbmm(empty, unit, unit.mT, beta=0, alpha=1 / tau).exp_()  # (B, N, N)
-        if keep is None:
-            total = kernel.sum(dim=-1, keepdim=True, dtype=x.dtype)  # (B, N, 1)
-        else:
-            total = torch.bmm(kernel, keep.unsqueeze(-1).to(dtype)).to(x.dtype)
-            total.masked_fill_(total == 0, 1.0)  # a sample with nothing to keep
-        out = torch.bmm(kernel, values).to(x.dtype).div_(total)
-        ctx.save_for_backward(norm, unit, values, kernel, total, out)
-        ctx.tau, ctx.keep = tau, keep
-        return out
+    def forward(
+        ctx: Any, x: Tensor, own: float, scale: float, tau: float, keep: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        b, n, _ = x.shape
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        weights = x.new_empty((b, n, n), dtype=dtype)  # A
+        inverse = x.new_empty((b, n, 1))  # 1 / ‖x‖
+        for part in _parts(x):
+            a = weights[part]
+            norm = torch.linalg.vector_norm(x[part], dim=-1, keepdim=True)
+            torch.reciprocal(norm.clamp_min_(NORM_EPS), out=inverse[part])
+            unit = (x[part] * inverse[part]).to(dtype)
+            if keep is None:
+                torch.baddbmm(a, unit, unit.mT, beta=0, alpha=1 / tau, out=a)  # beta = 0: a is not read
+            else:
+                torch.baddbmm(_bias(keep[part], dtype), unit, unit.mT, alpha=1 / tau, out=a)
+            torch.softmax(a, dim=-1, out=a)
+            if keep is not None:
+                a.mul_(keep[part].unsqueeze(-1))
+            _product(own, x[part], -scale, a, x[part], out=y[part])
+        ctx.save_for_backward(x, weights, inverse)
+        ctx.settings = (own, scale, tau)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        norm, unit, values, kernel, total, out = ctx.saved_tensors
-        g = grad / total
-        mean = (g * out).sum(dim=-1, keepdim=True)  # Σ_j A_ij g_i·v_j
-        g, mean = g.to(kernel.dtype), mean.to(kernel.dtype)
-        slope = torch.bmm(g, values.mT)  # (B, N, N)
-        if ctx.keep is None:
-            slope.sub_(mean)
-        else:
-            slope.addcmul_(mean, ctx.keep.unsqueeze(1).to(kernel.dtype), value=-1)
-        both = (slope + slope.mT).mul_(kernel)  # τ (dS + dSᵀ)
-        grad_x = torch.bmm(kernel, g).to(grad.dtype)  # through the values
-        if ctx.keep is not None:
-            grad_x.mul_(ctx.keep.unsqueeze(-1))
-        grad_unit = torch.bmm(both, unit).to(grad.dtype)
-        along = (grad_unit * unit).sum(dim=-1, keepdim=True)  # x̂ stays on the sphere
-        grad_unit.addcmul_(unit.to(grad.dtype), along, value=-1)
-        return grad_x.addcdiv_(grad_unit, norm, value=1 / ctx.tau), None, None, None
+        x, weights, inverse = ctx.saved_tensors
+        own, scale, tau = ctx.settings
+        grad = grad.contiguous()
+        grad_x = torch.empty_like(x)
+        for part in _parts(x):
+            a, g = weights[part], grad[part]
+            unit = (x[part] * inverse[part]).to(a.dtype)
+            _product(own, g, -scale, a.mT, g, out=grad_x[part])
+            slope = torch.bmm(g.to(a.dtype), x[part].to(a.dtype).mT)  # G, (n, N, N)
+            slope = torch._softmax_backward_data(slope, a, -1, a.dtype)  # dS
+            grad_unit = torch.bmm(slope + slope.mT, unit).to(x.dtype)  # a factor of -s / τ is still missing
+            along = (grad_unit * unit).sum(dim=-1, keepdim=True)
+            grad_unit.addcmul_(unit.to(x.dtype), along, value=-1)  # x̂ stays on the sphere
+            grad_x[part].addcmul_(grad_unit, inverse[part], value=-scale / tau)
+        return grad_x, None, None, None, None, None
 
 
-def fused(x: Tensor, *, tau: float, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A·x.
+def _parts(x: Tensor) -> Iterator[slice]:
+    """Slices of the batch (B, N, D) that are worked on together; on a GPU all of it at once."""
+    b, n, d = x.shape
+    size = max(1, b if x.is_cuda else CHUNK // max(1, n * (n + d)))
+    return (slice(start, start + size) for start in range(0, b, size))
+
+
+def _bias(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a column counts, -inf where not, (n, 1, N); a sample that keeps nothing gets zeros, and is not read."""
+    allowed = keep | ~keep.any(dim=-1, keepdim=True)
+    zeros = torch.zeros(allowed.shape, dtype=dtype, device=keep.device)
+    return zeros.masked_fill_(~allowed, -torch.inf).unsqueeze(1)
+
+
+def _product(beta: float, base: Tensor, alpha: float, a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Out = beta·base + alpha·a b, with factors in the dtype of a and the sum in that of base."""
+    if a.dtype == base.dtype:
+        torch.baddbmm(base, a, b, beta=beta, alpha=alpha, out=out)
+    else:
+        torch.add(beta * base, torch.bmm(a, b.to(a.dtype)), alpha=alpha, out=out)
+
+
+def fused(x: Tensor, *, own: float, scale: float, tau: float, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """own·x - scale·A x.
 
     Args:
         x: (B, N, D), not normalized.
-        tau: temperature, not below 1 / `contranorm.blocked.MAX_LOGIT`.
-        keep: bool (B, N), True for the rows that count; what the other rows give means nothing.
+        own: the factor of x itself; 0 and scale = -1 give the contrast term A x alone.
+        scale: the step s.
+        tau: temperature.
+        keep: bool (B, N), True for the rows that count; None for all. The others give own·x.
         dtype: type of the factors of the matrix products.
 
     Returns:
         (B, N, D).
     """
-    result: Tensor = _Contrast.apply(x, tau, None if keep is None else keep.to(x.dtype), dtype)
+    result: Tensor = _Step.apply(x, own, scale, tau, keep, dtype)
     return result

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contranorm.blocked import MAX_LOGIT, blocked
+from contranorm.blocked import blocked
 from contranorm.fused import fused
 from contranorm.linear import linear
 
@@ -35,23 +35,14 @@ def token_contrast(
     degree: int = 2,
 ) -> Tensor:
     """A·x, or (A + softmax over columns)·x, by the named implementation; (B, N, D) → (B, N, D)."""
-    if implementation == "auto":
-        implementation = choose(x, tau=tau, symmetric=symmetric, exclude=exclude)
+    if implementation == "fused":
+        return fused_step(x, own=0.0, scale=-1.0, tau=tau, keep=keep)
     dtype = product_dtype(x)
     with torch.autocast(x.device.type, enabled=False):  # from here on, `dtype` alone says what may be rounded
-        if implementation == "fused":
-            if symmetric or exclude is not None or 1 / tau > MAX_LOGIT:
-                raise ValueError(
-                    f"implementation='fused' knows neither symmetric=True nor exclude nor tau < {1 / MAX_LOGIT:g}: "
-                    "use 'blocked'"
-                )
-            return fused(x, tau=tau, keep=keep, dtype=dtype)
         unit, values = F.normalize(x, dim=-1), x  # x̂; a zero row stays zero
         if implementation == "plain":
             return plain(unit, values, tau=tau, symmetric=symmetric, keep=keep, exclude=exclude, dtype=dtype)
         if implementation == "sdpa":
-            if symmetric or exclude is not None:
-                raise ValueError("implementation='sdpa' knows neither symmetric=True nor exclude: use 'blocked'")
             return sdpa(unit, values, tau=tau, keep=keep, dtype=dtype)
 
         def one_sample(unit: Tensor, values: Tensor, exclude: Tensor | None) -> Tensor:
@@ -66,6 +57,13 @@ def token_contrast(
             chosen = None if keep is None else keep[index].nonzero().squeeze(1)
             parts.append(_among_chosen(one_sample, unit[index], values[index], chosen, exclude))
         return torch.stack(parts)
+
+
+def fused_step(x: Tensor, *, own: float, scale: float, tau: float, keep: Tensor | None) -> Tensor:
+    """own·x - scale·A x in one function; rows that `keep` leaves out give own·x. (B, N, D) → (B, N, D)."""
+    dtype = product_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return fused(x, own=own, scale=scale, tau=tau, keep=keep, dtype=dtype)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -84,7 +82,20 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a @ b if dtype == a.dtype else (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
-def choose(x: Tensor, *, tau: float, symmetric: bool, exclude: Tensor | None) -> str:
+def resolve(implementation: str, x: Tensor, *, symmetric: bool, exclude: Tensor | None) -> str:
+    """The implementation that will run.
+
+    Raises:
+        ValueError: the one asked for cannot express the form.
+    """
+    if implementation == "auto":
+        return choose(x, symmetric=symmetric, exclude=exclude)
+    if implementation in ("fused", "sdpa") and (symmetric or exclude is not None):
+        raise ValueError(f"implementation={implementation!r} knows neither symmetric=True nor exclude: use 'blocked'")
+    return implementation
+
+
+def choose(x: Tensor, *, symmetric: bool, exclude: Tensor | None) -> str:
     """The implementation that "auto" stands for, by shape and device; always an exact one.
 
     On GPUs, where nothing was measured, attention's flash kernels are taken wherever they can express the form.
@@ -95,7 +106,7 @@ def choose(x: Tensor, *, tau: float, symmetric: bool, exclude: Tensor | None) ->
         return "sdpa"
     if x.shape[1] >= BLOCKED_FROM["set"]:
         return "blocked"
-    return "plain" if symmetric or 1 / tau > MAX_LOGIT else "fused"
+    return "plain" if symmetric else "fused"
 
 
 def plain(

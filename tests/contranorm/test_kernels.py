@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from contranorm import contra_norm, kernels
 from contranorm.blocked import TILE, blocked, excluded_pairs
+from contranorm.fused import fused
 from contranorm.linear import cosine_range, fit_polynomial, linear, monomials
 
 
@@ -160,6 +161,28 @@ def test_linear_falls_back_to_exact_with_a_warning():
     with pytest.warns(UserWarning, match="exact form is used instead"):
         y = contra_norm(x, 1.0, tau=0.1, implementation="linear")
     torch.testing.assert_close(y, contra_norm(x, 1.0, tau=0.1, implementation="plain"))
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.001])
+@pytest.mark.parametrize("own", [0.0, 1.0, 1.3])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 30])
+def test_fused_is_its_equation_whatever_the_chunk(tau, own, masked, chunk, monkeypatch):
+    monkeypatch.setattr("contranorm.fused.CHUNK", chunk)
+    x = torch.randn(5, 7, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    keep = None
+    weights = F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).mT / tau
+    if masked:
+        keep = torch.rand(5, 7, generator=torch.Generator().manual_seed(1)) < 0.6
+        keep[1], keep[2] = False, True
+        weights = weights.masked_fill(~keep[:, None, :], -1e9)
+    weights = weights.softmax(dim=-1)
+    want = own * x - 0.3 * (weights if keep is None else weights * keep.unsqueeze(-1)) @ x
+    got = fused(x, own=own, scale=0.3, tau=tau, keep=keep, dtype=x.dtype)
+    upstream = torch.randn(5, 7, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
+    gradients = [torch.autograd.grad(y, x, upstream)[0] for y in (got, want)]
+    torch.testing.assert_close(*gradients, atol=1e-9 / tau, rtol=1e-9)
 
 
 def test_auto_is_exact_at_every_size(edges):
