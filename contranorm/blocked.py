@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 
+from contranorm.edges import entry_rows
+
 # Edge of a tile: the two float32 tiles of the backward fill the second-level caches of two to four cores
 # (benchmarks/layer.py --tiles measures other edges).
 TILE = 768
@@ -58,8 +60,7 @@ def excluded_pairs(pattern: Tensor, tile: int = TILE) -> ExcludedPairs:
     per_tile: dict[int, ExcludedPairs] = _cache[pattern]
     if tile not in per_tile:
         n = pattern.shape[0]
-        columns = pattern.col_indices().long()
-        rows = torch.repeat_interleave(torch.arange(n, device=columns.device), pattern.crow_indices().diff().long())
+        rows, columns = entry_rows(pattern), pattern.col_indices().long()
         codes = torch.unique(rows * n + columns)
         symmetric = torch.equal(codes, torch.unique(columns * n + rows))
         direct = _by_tile(rows, columns, n, tile)
@@ -240,20 +241,19 @@ def blocked(
 
     ones = values.new_ones(values.shape[0], 1)
     sums = product(torch.cat([values, ones], dim=1), excluded)  # (N, C + 1): P v, P 1
-    contrast = _ratio(sums[:, :-1], sums[:, -1:])
+    contrast = ratio(sums[:, :-1], sums[:, -1:])
     if symmetric:
         if excluded is None or excluded.symmetric:
             column_sums = sums[:, -1:]
         else:
             column_sums = product(ones, excluded.transpose())
-        contrast = contrast + product(_ratio(values, column_sums), excluded)
+        contrast = contrast + product(ratio(values, column_sums), excluded)
     return contrast
 
 
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Numerator / denominator, and 0 where nothing was summed."""
-    empty = denominator == 0
-    return (numerator / denominator.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Numerator / denominator, and 0 where nothing was summed, in the gradient too."""
+    return numerator / denominator.masked_fill(denominator == 0, torch.inf)
 
 
 def _blocked_with_maximum(

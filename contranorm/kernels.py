@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contranorm.blocked import blocked
+from contranorm.edges import entry_rows
 from contranorm.fused import fused
 from contranorm.linear import linear
 
@@ -164,12 +165,6 @@ def softmax_or_zero(logits: Tensor, dim: int) -> Tensor:
     """Softmax in which a line of nothing but -inf is zero rather than NaN, in its gradient too."""
     empty = (logits == -torch.inf).all(dim=dim, keepdim=True)
     return logits.masked_fill(empty, 0.0).softmax(dim=dim).masked_fill(empty, 0.0)
-
-
-def entry_rows(pattern: Tensor) -> Tensor:
-    """Row of each stored entry of a sparse CSR, (E,)."""
-    count = pattern.crow_indices().diff().long()
-    return torch.repeat_interleave(torch.arange(pattern.shape[0], device=pattern.device), count)
 
 
 def stored_entries(pattern: Tensor) -> Tensor:

@@ -1,18 +1,27 @@
-"""The contrast term in time linear in N: exp(t/τ) as a polynomial of the cosine t, no pair ever formed.
+"""The contrast term in time linear in N: exp by its Taylor polynomial about the mean direction, no pair ever formed.
 
-A power of a cosine is an inner product of monomials, (x̂_i·x̂_j)^p = Σ_α (p!/α!) x̂_i^α x̂_j^α, so with Φ the N x F
-matrix of all monomials of x̂ up to degree p (without repeats, F = C(D + p, p)) and Ω the diagonal of coefficients,
+With the mean m of the unit rows and d_i = x̂_i - m, the kernel splits exactly into
 
-    K ≈ Φ Ω Φᵀ,        K w ≈ Φ (Ω (Φᵀ w)).
+    exp(x̂_i·x̂_j / τ) = const · r_i exp(s_ij) r_j,        r_j = exp(d_j·m / τ),        s_ij = d_i·d_j / τ.
+
+r_i cancels in row i's softmax and r_j is a weight of row j, so that only exp(s_ij) has to be approximated, and s is
+much smaller than the cosine when the rows lie in a cone. Its Taylor polynomial p needs no pair: a power of an inner
+product is an inner product of monomials, (d_i·d_j)^k = Σ_α (k!/α!) d_i^α d_j^α, so with Φ the N x F matrix of all
+monomials of d up to that degree (without repeats, F = C(D + degree, degree)) and Ω the diagonal of coefficients,
+
+    p(s) = Φ Ω Φᵀ,        p(s) w = Φ (Ω (Φᵀ w)).
 
 Forward and backward cost O(N·F·D). Excluded pairs are subtracted along the edges with the same polynomial, so that
-what remains is exactly the polynomial's softmax over the other pairs.
+what remains is exactly the polynomial's softmax Ã over the other pairs. The gradient takes m as a constant, which it is
+to the exact kernel.
 
-Error. If the polynomial is within a factor 1 ± ε of exp(t/τ) for every cosine that occurs, each weight of the softmax
-is within (1 + ε)/(1 - ε), and the contrast of row i within 2ε/(1 - ε)·Σ_j A_ij ‖v_j‖. `Polynomial.error` is that ε,
-measured on a grid of the range. The range is bounded without looking at pairs: two rows at angles α and β to the mean
-direction are at most α + β apart, and rows without negative entries have no negative cosine. What that amounts to for
-the layer's output is measured by benchmarks/layer.py.
+Error. |exp(s) - p(s)| ≤ κ s² for |s| ≤ H, with κ = Σ_{k > degree} H^(k-2) / k! and H the largest ‖d_i‖² / τ, and the
+sums q_i = Σ_j r_j s_ij² need no pair either. With Z̃_i the polynomial's sum over row i,
+
+    Σ_j |Ã_ij - A_ij| ≤ 2 b_i,        b_i = κ q_i / Z̃_i,
+
+so that row i's contrast is off by at most 2 b_i max_j ‖v_j‖. The mean of b over the rows decides whether the
+approximation is used. What that amounts to for the layer's output is measured by benchmarks/layer.py.
 """
 
 from __future__ import annotations
@@ -29,60 +38,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Largest ε for which the polynomial is used; above it the exact form answers, with a warning.
+from contranorm.blocked import ratio
+from contranorm.edges import Edges, edges_of
+
+# Largest mean of b (see above) for which the polynomial is used; above it the exact form answers, with a warning.
 MAX_ERROR = 0.1
 # Elements of one block of Φ: half as many or twice as many are slower, for degree 2 and 3.
 BLOCK = 1 << 21
-# Edges handled at once by the subtraction.
-EDGES = 1 << 18
 
 
-@dataclass(frozen=True)
-class Polynomial:
-    """c_0 + c_1 t + … ≈ exp(t/τ) on [low, high].
-
-    Attributes:
-        coefficients: c_0 … c_p.
-        error: ε, the largest relative error on the range.
-    """
-
-    coefficients: tuple[float, ...]
-    error: float
+def taylor(degree: int, tau: float) -> tuple[float, ...]:
+    """c_0 … c_degree of the polynomial of d_i·d_j."""
+    return tuple(tau**-k / math.factorial(k) for k in range(degree + 1))
 
 
-def cosine_range(unit: Tensor) -> tuple[float, float, float, float]:
-    """(low, high, mean, standard deviation) of the cosines between the rows of `unit` (N, D), no pair formed.
-
-    low and high are bounds; mean and deviation are exact over all ordered pairs, i = j included.
-    """
-    unit = unit.detach().double()
-    n = unit.shape[0]
-    total = unit.sum(dim=0)
-    mean = float(total.square().sum()) / n**2
-    second = float((unit.mT @ unit).square().sum()) / n**2
-    centre = total / total.norm().clamp_min(1e-300)
-    angles = (unit @ centre).clamp(-1, 1).acos()
-    widest = float(angles.topk(min(2, n)).values.sum())
-    low = math.cos(min(math.pi, widest))
-    if bool((unit.norm(dim=1) < 0.5).any()):
-        low = min(low, 0.0)  # a zero row has cosine 0 with all others, wherever they point
-    if float(unit.min()) >= 0:
-        low = max(low, 0.0)
-    return low, 1.0, mean, math.sqrt(max(second - mean**2, 0.0))
-
-
-def fit_polynomial(tau: float, degree: int, low: float, high: float, mean: float, deviation: float) -> Polynomial:
-    """Weighted least squares in the relative error, on Chebyshev points of [low, high].
-
-    Half of the weight goes to where the cosines are (a bell of the given mean and deviation), half to the whole range.
-    """
-    grid = torch.cos(torch.linspace(0, math.pi, 257, dtype=torch.float64)) * (high - low) / 2 + (high + low) / 2
-    bell = torch.exp(-0.5 * ((grid - mean) / max(deviation, 0.05 * (high - low), 1e-3)) ** 2)
-    weight = (0.5 / grid.numel() + 0.5 * bell / bell.sum().clamp_min(1e-300)).sqrt()
-    powers = torch.stack([grid**p for p in range(degree + 1)], dim=1) / torch.exp(grid / tau)[:, None]
-    solution = torch.linalg.lstsq(powers * weight[:, None], weight[:, None], driver="gelsd").solution
-    error = float((powers @ solution - 1).abs().max())
-    return Polynomial(tuple(solution.squeeze(1).tolist()), error)
+def remainder(degree: int, largest: float) -> float:
+    """κ: |exp(s) - p(s)| ≤ κ s² wherever |s| ≤ largest; infinite where exp is out of a polynomial's reach."""
+    if not largest < 10:
+        return math.inf
+    # The series of positive terms is largest at the right end, and after that many terms it has converged.
+    return math.fsum(largest ** (k - 2) / math.factorial(k) for k in range(degree + 1, degree + 60))
 
 
 @dataclass(frozen=True)
@@ -161,65 +136,85 @@ def _features_backward(features: Tensor, grad: Tensor, tables: Monomials) -> Ten
 
 
 class _PolynomialProduct(torch.autograd.Function):
-    """(M ∘ p(x̂ x̂ᵀ)) w for unit rows x̂ (N, D), w (N, C) and a polynomial p; M leaves out the edges (rows, columns)."""
+    """(M ∘ p(d dᵀ)) w for rows d (N, D), w (N, C) and a polynomial p; M leaves out the edges."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        unit: Tensor,
-        w: Tensor,
-        coefficients: tuple[float, ...],
-        edges: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        blocks = _Blocks(unit, coefficients)
-        wt = w.mT.contiguous()  # (C, N): the products run faster on long rows
-        moments = blocks.moments(wt)  # Ω Φᵀ w, (F, C)
-        out = blocks.product(moments)
-        ctx.save_for_backward(unit, w, moments)
+    def forward(ctx: Any, d: Tensor, w: Tensor, coefficients: tuple[float, ...], edges: Edges | None) -> Tensor:
+        out, moments = (_affine if len(coefficients) == 2 else _polynomial)(d, w, coefficients)
         ctx.settings = (coefficients, edges)
-        if edges is not None:
-            for rows, columns, t in _edge_cosines(unit, edges):
-                out.index_add_(0, rows, w[columns] * _evaluate(coefficients, t)[:, None], alpha=-1)
-        return out
+        if edges is None:
+            ctx.save_for_backward(d, w, moments)
+            return out
+        t = edges.inner(d, d)  # (E,)
+        ctx.save_for_backward(d, w, moments, t)
+        return edges.subtract(out, _evaluate(coefficients, t), w)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        unit, w, moments = ctx.saved_tensors
+        d, w, moments, *at_edges = ctx.saved_tensors
         coefficients, edges = ctx.settings
-        blocks = _Blocks(unit, coefficients)
-        gt = grad.mT.contiguous()  # (C, N)
-        swapped = torch.cat([gt, w.mT])  # (2C, N)
-        of_grad = blocks.moments(gt)  # Ω Φᵀ g, (F, C)
-        both = torch.cat([moments, of_grad], dim=1)  # (F, 2C)
-        grad_wt, grad_unit_t = torch.empty_like(gt), torch.empty_like(blocks.unit_t)
-        for part, features in blocks:
-            grad_wt[:, part] = of_grad.mT @ features
-            grad_features = torch.mm(both, swapped[:, part], out=blocks.second[:, : features.shape[1]])  # (F, n)
-            grad_unit_t[:, part] = _features_backward(features, grad_features, blocks.tables)
-        grad_w, grad_unit = grad_wt.mT.contiguous(), grad_unit_t.mT.contiguous()
+        grad = grad.contiguous()
+        gradients = _affine_backward if len(coefficients) == 2 else _polynomial_backward
+        grad_d, grad_w = gradients(d, w, grad, moments, coefficients)
         if edges is not None:
-            slope = tuple(p * c for p, c in enumerate(coefficients))[1:]
-            for rows, columns, t in _edge_cosines(unit, edges):
-                value = _evaluate(coefficients, t)[:, None]
-                grad_w.index_add_(0, columns, grad[rows] * value, alpha=-1)
-                inner = ((grad[rows] * w[columns]).sum(dim=1) * _evaluate(slope, t))[:, None]
-                grad_unit.index_add_(0, rows, unit[columns] * inner, alpha=-1)
-                grad_unit.index_add_(0, columns, unit[rows] * inner, alpha=-1)
-        return grad_unit, grad_w, None, None
+            (t,) = at_edges
+            grad_w = edges.subtract_transposed(grad_w, _evaluate(coefficients, t), grad)
+            slope = tuple(k * c for k, c in enumerate(coefficients))[1:]
+            inner = edges.inner(grad, w).mul_(_evaluate(slope, t))  # (E,)
+            grad_d = edges.subtract_both(grad_d, inner, d)
+        return grad_d, grad_w, None, None
+
+
+def _affine(d: Tensor, w: Tensor, coefficients: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """(c_0 + c_1 d dᵀ) w and the moments dᵀ w, (D, C): degree 1, whose monomials are d itself."""
+    moments = d.mT @ w
+    return torch.addmm(coefficients[0] * w.sum(dim=0), d, moments, alpha=coefficients[1]), moments
+
+
+def _affine_backward(
+    d: Tensor, w: Tensor, grad: Tensor, moments: Tensor, coefficients: tuple[float, ...]
+) -> tuple[Tensor, Tensor]:
+    """Gradients by d and w of `_affine`, whose matrix is symmetric."""
+    grad_w, of_grad = _affine(d, grad, coefficients)
+    return (grad @ moments.mT).addmm_(w, of_grad.mT).mul_(coefficients[1]), grad_w
+
+
+def _polynomial(d: Tensor, w: Tensor, coefficients: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """p(d dᵀ) w and the moments Ω Φᵀ w, (F, C)."""
+    blocks = _Blocks(d, coefficients)
+    moments = blocks.moments(w.mT.contiguous())  # the products run faster on long rows
+    return blocks.product(moments), moments
+
+
+def _polynomial_backward(
+    d: Tensor, w: Tensor, grad: Tensor, moments: Tensor, coefficients: tuple[float, ...]
+) -> tuple[Tensor, Tensor]:
+    """Gradients by d and w of `_polynomial`."""
+    blocks = _Blocks(d, coefficients)
+    gt = grad.mT.contiguous()  # (C, N)
+    swapped = torch.cat([gt, w.mT])  # (2C, N)
+    of_grad = blocks.moments(gt)  # Ω Φᵀ g, (F, C)
+    both = torch.cat([moments, of_grad], dim=1)  # (F, 2C)
+    grad_wt, grad_dt = torch.empty_like(gt), torch.empty_like(blocks.d_t)
+    for part, features in blocks:
+        grad_wt[:, part] = of_grad.mT @ features
+        grad_features = torch.mm(both, swapped[:, part], out=blocks.second[:, : features.shape[1]])  # (F, n)
+        grad_dt[:, part] = _features_backward(features, grad_features, blocks.tables)
+    return grad_dt.mT.contiguous(), grad_wt.mT.contiguous()
 
 
 class _Blocks:
     """Walks over Φ a block of rows at a time; each visit has Φᵀ's block in a buffer that the next visit overwrites."""
 
-    def __init__(self, unit: Tensor, coefficients: tuple[float, ...]) -> None:
-        self.unit_t = unit.mT.contiguous()  # (D, N)
-        self.n = unit.shape[0]
-        self.tables = monomials(unit.shape[1], len(coefficients) - 1, unit.device)
-        values = torch.tensor(coefficients, device=unit.device, dtype=torch.float64)[self.tables.degree_of]
-        self.omega = (values * self.tables.multiplicity).to(unit.dtype)[:, None]  # Ω's diagonal, (F, 1)
+    def __init__(self, d: Tensor, coefficients: tuple[float, ...]) -> None:
+        self.d_t = d.mT.contiguous()  # (D, N)
+        self.n = d.shape[0]
+        self.tables = monomials(d.shape[1], len(coefficients) - 1, d.device)
+        values = torch.tensor(coefficients, device=d.device, dtype=torch.float64)[self.tables.degree_of]
+        self.omega = (values * self.tables.multiplicity).to(d.dtype)[:, None]  # Ω's diagonal, (F, 1)
         self.rows = min(self.n, max(64, BLOCK // self.tables.count))
-        self.buffer = unit.new_empty(self.tables.count, self.rows)
+        self.buffer = d.new_empty(self.tables.count, self.rows)
 
     @functools.cached_property
     def second(self) -> Tensor:
@@ -229,7 +224,7 @@ class _Blocks:
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, self.n, self.rows):
             part = slice(start, min(start + self.rows, self.n))
-            yield part, _features(self.unit_t[:, part], self.tables, self.buffer[:, : part.stop - start])
+            yield part, _features(self.d_t[:, part], self.tables, self.buffer[:, : part.stop - start])
 
     def moments(self, wt: Tensor) -> Tensor:
         """Ω Φᵀ w for wᵀ (C, N); (F, C)."""
@@ -244,13 +239,6 @@ class _Blocks:
         for part, features in self:
             out[:, part] = moments.mT @ features
         return out.mT.contiguous()
-
-
-def _edge_cosines(unit: Tensor, edges: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(rows, columns, cosines) of the edges, a part at a time."""
-    for start in range(0, edges[0].numel(), EDGES):
-        rows, columns = edges[0][start : start + EDGES], edges[1][start : start + EDGES]
-        yield rows, columns, (unit[rows] * unit[columns]).sum(dim=1)
 
 
 def _evaluate(coefficients: tuple[float, ...], t: Tensor) -> Tensor:
@@ -278,44 +266,61 @@ def linear(
         tau: temperature.
         symmetric: add the softmax over columns.
         exclude: sparse CSR (N, N) of pairs that do not count, or None.
-        degree: of the polynomial; 2 and 3 pay.
+        degree: of the polynomial, 1 to 3.
 
     Returns:
-        (N, C), or None, after a warning, when no polynomial of that degree is within `MAX_ERROR` on the range.
+        (N, C), or None, after a warning, when the bound on the error is above `MAX_ERROR` on these features.
     """
-    polynomial = fit_polynomial(tau, degree, *cosine_range(unit))
-    if polynomial.error > MAX_ERROR:
+    mean = unit.detach().mean(dim=0)
+    d = unit - mean
+    exponent = d @ mean / tau  # (N,)
+    r = (exponent - exponent.detach().max()).exp().unsqueeze(1)  # (N, 1)
+    edges = None if exclude is None else edges_of(exclude)
+    largest = float(torch.linalg.vector_norm(d.detach(), dim=1).max()) ** 2 / tau
+    bound = _Bound(d.detach(), r.detach(), remainder(degree, largest) / tau**2)
+
+    def product(w: Tensor, edges: Edges | None) -> Tensor:
+        result: Tensor = _PolynomialProduct.apply(d, w, taylor(degree, tau), edges)
+        return result
+
+    sums = product(torch.cat([values * r, r], dim=1), edges)  # (N, C + 1)
+    row_sums = _empty_is_zero(sums[:, -1:], edges)  # Z̃, (N, 1)
+    error = bound.mean(row_sums)
+    column_sums = row_sums
+    if symmetric and edges is not None and not edges.symmetric:
+        column_sums = _empty_is_zero(product(r, edges.transpose()), edges.transpose())
+        error = max(error, bound.mean(column_sums))
+    if not error <= MAX_ERROR:
         warnings.warn(
-            f"implementation='linear': a polynomial of degree {degree} misses exp(cos/{tau:g}) by up to "
-            f"{polynomial.error:.0%} on these features, more than {MAX_ERROR:.0%}: the exact form is used instead",
+            f"implementation='linear': a polynomial of degree {degree} may miss the softmax of cos/{tau:g} by "
+            f"{error:.0%} on these features, more than {MAX_ERROR:.0%}: the exact form is used instead",
             stacklevel=2,
         )
         return None
-    n = unit.shape[0]
-    edges, left_rows, left_columns = None, None, None
-    if exclude is not None:
-        counts = exclude.crow_indices().diff().long()
-        columns = exclude.col_indices().long()
-        edges = (torch.repeat_interleave(torch.arange(n, device=columns.device), counts), columns)
-        left_rows = n - counts
-        left_columns = n - torch.bincount(columns, minlength=n)
-
-    def product(w: Tensor, edges: tuple[Tensor, Tensor] | None) -> Tensor:
-        result: Tensor = _PolynomialProduct.apply(unit, w, polynomial.coefficients, edges)
-        return result
-
-    ones = values.new_ones(n, 1)
-    sums = product(torch.cat([values, ones], dim=1), edges)  # (N, C + 1)
-    contrast = _ratio(sums[:, :-1], sums[:, -1:], left_rows)
+    contrast = ratio(sums[:, :-1], row_sums)
     if symmetric:
-        column_sums = sums[:, -1:] if edges is None else product(ones, (edges[1], edges[0]))
-        contrast = contrast + product(_ratio(values, column_sums, left_columns), edges)
+        contrast = contrast + r * product(ratio(values, column_sums), edges)
     return contrast
 
 
-def _ratio(numerator: Tensor, denominator: Tensor, left: Tensor | None) -> Tensor:
-    """Numerator / denominator, and 0 where no pair is left (the difference of two sums is not exactly 0 there)."""
-    if left is None:
-        return numerator / denominator
-    empty = (left == 0)[:, None]
-    return (numerator / denominator.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
+def _empty_is_zero(sums: Tensor, edges: Edges | None) -> Tensor:
+    """Row sums (N, 1), 0 where no pair is left: the difference of two sums is not exactly that."""
+    if edges is None or edges.full is None:
+        return sums
+    return sums.masked_fill(edges.full.unsqueeze(1), 0.0)
+
+
+class _Bound:
+    """The mean of b_i = κ q_i / Z̃_i over the rows: Σ_i q_i / Z̃_i = ⟨Σ_j r_j d_j d_jᵀ, Σ_i d_i d_iᵀ / Z̃_i⟩."""
+
+    def __init__(self, d: Tensor, r: Tensor, factor: float) -> None:
+        self.d, self.factor = d, factor
+        self.weighted = d.mT @ (d * r)  # (D, D)
+
+    @torch.no_grad()
+    def mean(self, total: Tensor) -> float:
+        """For the sums Z̃ (N, 1), rows with nothing in their sum left out; infinite where a sum is negative."""
+        if bool((total < 0).any()):
+            return math.inf
+        inverse = torch.where(total > 0, total.reciprocal(), 0.0)
+        return self.factor * float((self.weighted * (self.d.mT @ (self.d * inverse))).sum()) / self.d.shape[0]
