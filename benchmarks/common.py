@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import multiprocessing
@@ -57,9 +58,10 @@ def product_gflops(dtype: torch.dtype = torch.float32, n: int = 2048) -> float:
 
 
 def peak_extra_mb(function: Callable[[], object]) -> float:
-    """Largest memory that `function` took beyond what was there before, in MiB, in a process of its own.
+    """Largest memory that `function` takes beyond what was there before, in MiB.
 
-    On a GPU: allocator's peak. On a CPU: highest resident size, polled every millisecond by the parent.
+    On a GPU: the allocator's peak. On a CPU: the kernel's own peak of the resident size, of a second call in a process
+    of its own (the first one loads code and starts what lasts), with all free memory given back in between.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -67,31 +69,31 @@ def peak_extra_mb(function: Callable[[], object]) -> float:
         function()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     context = multiprocessing.get_context("fork")
-    ready, go = context.Event(), context.Event()
+    receiver, sender = context.Pipe(duplex=False)
 
     def child() -> None:
         torch.set_num_threads(1)  # a forked process must not use the parent's thread pool
-        gc.collect()
-        ready.set()
-        go.wait()
         function()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present size
+        before = _status_kib("VmRSS")
+        function()
+        sender.send(_status_kib("VmHWM") - before)
 
     process = context.Process(target=child)
     process.start()
-    ready.wait()
-    watched = psutil.Process(process.pid)
-    before = peak = watched.memory_info().rss
-    go.set()
-    while process.is_alive():
-        try:
-            peak = max(peak, watched.memory_info().rss)
-        except psutil.NoSuchProcess:
-            break
-        time.sleep(0.001)
+    sender.close()
     process.join()
     if process.exitcode != 0:
         raise RuntimeError(f"the measured process ended with exit code {process.exitcode}")
-    return (peak - before) / 2**20
+    return float(receiver.recv()) / 1024
+
+
+def _status_kib(name: str) -> int:
+    """A size in KiB from /proc/self/status."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 
 
 def goal(name: str, value: float, target: float, *, at_least: bool) -> dict[str, Any]:

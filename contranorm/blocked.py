@@ -158,8 +158,10 @@ class _KernelProduct(torch.autograd.Function):
         grad_unit, grad_w = torch.zeros_like(unit), torch.zeros_like(w)
         transposed = None if excluded is None else excluded.transpose()
         edge = min(tile, unit.shape[0])
-        buffers = [g.new_empty(edge * edge) for _ in range(1 if excluded is None or excluded.symmetric else 2)]
-        both, swapped = torch.cat([g, factor], dim=1), torch.cat([factor, g], dim=1)  # (N, 2C)
+        one_pattern = excluded is None or excluded.symmetric  # M = Mᵀ
+        buffers = [g.new_empty(edge * edge) for _ in range(1 if one_pattern else 2)]
+        if one_pattern:
+            both, swapped = torch.cat([g, factor], dim=1), torch.cat([factor, g], dim=1)  # (N, 2C)
         tiles = _Tiles(unit, tau, dtype, tile)
         for key, rows, columns, k in tiles:
             if ctx.needs_input_grad[1]:  # Pᵀ g
@@ -167,7 +169,7 @@ class _KernelProduct(torch.autograd.Function):
             if not ctx.needs_input_grad[0]:
                 continue
             h = buffers[0][: k.numel()].view_as(k)  # M ∘ g wᵀ + Mᵀ ∘ w gᵀ
-            if excluded is None or excluded.symmetric:
+            if one_pattern:
                 torch.mm(both[rows], swapped[columns].mT, out=h)
                 _without(h, None if excluded is None else excluded.rows.get(key))
             else:

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 NORM_EPS = 1e-12  # as in torch.nn.functional.normalize
-# Elements of (n, N, N + D) that n sequences taken together may have on a CPU.
-CHUNK = 1 << 19
+# Elements of (n, N, N + D) that n sequences taken together may have on a CPU, for each thread.
+CHUNK = 1 << 18
 
 
 class _Step(torch.autograd.Function):
@@ -76,7 +76,7 @@ class _Step(torch.autograd.Function):
 def _parts(x: Tensor) -> Iterator[slice]:
     """Slices of the batch (B, N, D) that are worked on together; on a GPU all of it at once."""
     b, n, d = x.shape
-    size = max(1, b if x.is_cuda else CHUNK // max(1, n * (n + d)))
+    size = max(1, b if x.is_cuda else CHUNK * torch.get_num_threads() // max(1, n * (n + d)))
     return (slice(start, start + size) for start in range(0, b, size))
 
 
