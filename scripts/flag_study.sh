@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# What each speed flag does to the metric: small runs with every such flag off, with one of them on, and with all on,
+# several seeds each, then a table with the differences. About an hour of one core.
+#   PARTS="gnn glue" SEEDS="0 1 2 3 4" bash scripts/flag_study.sh
+# Arguments go to repro.sweep: --dry-run prints the plan. Stopped in the middle, the same command goes on.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/python.sh
+PARTS="${PARTS:-gnn vit glue}"
+SEEDS="${SEEDS:-0 1 2}"
+DATA_ROOT="${DATA_ROOT:-${CONTRANORM_DATA:-data}}"
+RESULTS="${RESULTS:-results/flags/runs}"
+
+gnn() { # Cora, depth 8: every way to compute the layer, and a validation pass every epoch
+    local line="python -m gnn.main --config gnn/configs/cora.yaml --nlayer 8 --norm_mode CN --norm_scale 1.0"
+    line="$line --use_layer_norm --data_root $DATA_ROOT"
+    for flags in "--implementation plain --eval_every 1" "--implementation plain" "--implementation blocked" \
+        "--implementation linear --degree 1" "--implementation linear --degree 2"; do
+        for seed in $SEEDS; do echo "$line $flags --seed $seed"; done
+    done
+}
+
+vit() { # CIFAR-10, the first images of it
+    local line="python -m ViT_imagenet.main --config ViT_imagenet/configs/cifar10_cpu.yaml --scale 0.1 --epochs 4"
+    line="$line --data-path $DATA_ROOT/images/cifar10 --max-train-samples 5000 --max-test-samples 2000"
+    for flags in "--no-cache --no-fused-optimizer" "--cache --no-fused-optimizer" "--no-cache --fused-optimizer" \
+        "--no-cache --no-fused-optimizer --channels-last" "--no-cache --no-fused-optimizer --mixed-precision bf16"; do
+        for seed in $SEEDS; do echo "$line $flags --seed $seed"; done
+    done
+}
+
+for part in $PARTS; do "$part"; done |
+    "$PYTHON" -m repro.sweep --results "$RESULTS" --jobs "${JOBS:-2}" --cluster "${CLUSTER:-local}" "$@"
