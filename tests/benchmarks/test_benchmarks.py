@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pandas as pd
 import pytest
 import torch
 
-from benchmarks import common, layer, table
+from benchmarks import common, flags, layer, table
 from benchmarks.approximations import nystrom, random_features
 from contranorm import contra_norm
 from repro.errors import UserError
@@ -91,3 +92,26 @@ def test_approximations_are_compared(monkeypatch):
     monkeypatch.setattr(layer, "COMPARED", (300, 8))
     rows = layer.compare_approximations(rounds=1)
     assert len(rows) == 9 and all(row["ms"] > 0 and 0 < row["output error"] < 0.5 for row in rows)
+
+
+def test_flags_are_compared_with_the_runs_that_have_none():
+    def run(seed: int, accuracy: float, **flags: object) -> dict[str, object]:
+        settings = {
+            f"config.{name}": value for name, value in {"implementation": "plain", "eval_every": 1, **flags}.items()
+        }
+        return {"experiment": "gnn", "seed": seed, "metrics.test_accuracy": accuracy, "seconds": 2.0 + seed, **settings}
+
+    off = [run(seed, 0.7 + seed / 100) for seed in range(3)]
+    same = [run(seed, 0.7 + seed / 100, implementation="blocked") for seed in range(3)]
+    unread = [run(seed, 0.7 + seed / 100, eval_every=float("nan")) for seed in range(3)]
+    other = [run(seed, 0.8, implementation="linear", degree=1) for seed in range(3)]
+    lines = flags.compare(pd.DataFrame(off + same + unread + other))
+    assert [line["flags"] for line in lines] == [
+        "all off", "implementation=blocked", "eval_every=off", "implementation=linear, degree=1"
+    ]  # fmt: skip
+    assert [line.get("difference") for line in lines] == [None, "+0.00", "+0.00", "+9.00"]
+    assert [line.get("runs with the very same metric") for line in lines] == [None, "3 of 3", "3 of 3", "0 of 3"]
+    assert lines[0]["mean ± std (n), %"] == "71.00 ± 1.00 (3)" and lines[0]["seconds"] == 3.0
+    assert float(lines[3]["p (Welch)"]) < 0.01 and lines[1]["p (Welch)"] == "1"
+    with pytest.raises(UserError, match="every speed flag off"):
+        flags.compare(pd.DataFrame(same))
