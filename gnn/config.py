@@ -70,10 +70,11 @@ class Config:
     """Temperature of ContraNorm's softmax; the reference has no other than 1."""
 
     implementation: Literal["auto", "plain", "blocked", "linear"] = "auto"
-    """How ContraNorm is computed: plain stores the N x N matrix, blocked never does; auto chooses."""
+    """How ContraNorm is computed: plain stores the N x N matrix, blocked never does, linear approximates in time linear
+    in N; auto chooses an exact one."""
 
     degree: int = 2
-    """Degree of the polynomial of `--implementation linear`: 2, or 3 for a tenth of the error."""
+    """Degree of the polynomial of `--implementation linear`, 1 to 3: 1 is by far the fastest, 3 the most exact."""
 
     missing_rate: float = 0.0
     """Percent (0 to 100) of the nodes outside the training set whose features are erased; 0 as in Table 3."""

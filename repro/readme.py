@@ -4,7 +4,8 @@
     ...
     <!-- end -->
 
-`python -m repro.readme README.md` runs the commands and replaces the blocks; `--check` exits 1 where a block differs.
+`python -m repro.readme --file README.md` runs the commands in the current folder and replaces the blocks; `--check`
+exits 1 where a block differs.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     if not path.is_file():
         raise UserError(f"--file {path}: no such file")
     text = path.read_text(encoding="utf-8")
-    new, changed = regenerate(text, path.resolve().parent)
+    new, changed = regenerate(text, Path.cwd())
     for command in changed:
         print(f"{'differs' if config.check else 'updated'}: {command}")
     if config.check:
