@@ -99,7 +99,12 @@ def _status_kib(name: str) -> int:
 def goal(name: str, value: float, target: float, *, at_least: bool) -> dict[str, Any]:
     """One line of the table of goals."""
     met = value >= target if at_least else value <= target
-    return {"goal": name, "target": f"{'≥' if at_least else '≤'} {target:g}", "reached": float(f"{value:.4g}"), "met": met}
+    return {
+        "goal": name,
+        "target": f"{'≥' if at_least else '≤'} {target:g}",
+        "reached": float(f"{value:.4g}"),
+        "met": met,
+    }
 
 
 def report(name: str, rows: list[dict[str, Any]], goals: list[dict[str, Any]], path: str | None) -> None:

@@ -80,7 +80,7 @@ def contra_norm(
         if name == "fused" and not isinstance(scale, Tensor):
             own = 1.0 + scale if identity else 1.0
             moved = kernels.fused_step(batch, own=own, scale=scale, tau=tau, keep=keep)
-            return _restore(moved, x, keep if pre_norm or identity else None)
+            return _restore(moved, x, keep if pre_norm else None)
         contrast = kernels.token_contrast(
             batch, tau=tau, symmetric=symmetric, keep=keep, exclude=exclude, implementation=name, degree=degree
         )

@@ -41,23 +41,26 @@ class _Step(torch.autograd.Function):
             norm = torch.linalg.vector_norm(x[part], dim=-1, keepdim=True)
             torch.reciprocal(norm.clamp_min_(NORM_EPS), out=inverse[part])
             unit = (x[part] * inverse[part]).to(dtype)
-            if keep is None:
+            kept = _some(keep, part)
+            if kept is None:
                 torch.baddbmm(a, unit, unit.mT, beta=0, alpha=1 / tau, out=a)  # beta = 0: a is not read
             else:
-                torch.baddbmm(_bias(keep[part], dtype), unit, unit.mT, alpha=1 / tau, out=a)
+                torch.baddbmm(_bias(kept, dtype), unit, unit.mT, alpha=1 / tau, out=a)
             torch.softmax(a, dim=-1, out=a)
-            if keep is not None:
-                a.mul_(keep[part].unsqueeze(-1))
+            if kept is not None:
+                a.mul_(kept.unsqueeze(-1))  # the gradient through A then needs no mask any more
             _product(own, x[part], -scale, a, x[part], out=y[part])
+            if kept is not None:
+                torch.where(kept.unsqueeze(-1), y[part], x[part], out=y[part])
         ctx.save_for_backward(x, weights, inverse)
-        ctx.settings = (own, scale, tau)
+        ctx.settings = (own, scale, tau, keep)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, inverse = ctx.saved_tensors
-        own, scale, tau = ctx.settings
+        own, scale, tau, keep = ctx.settings
         grad = grad.contiguous()
         grad_x = torch.empty_like(x)
         for part in _parts(x):
@@ -70,6 +73,8 @@ class _Step(torch.autograd.Function):
             along = (grad_unit * unit).sum(dim=-1, keepdim=True)
             grad_unit.addcmul_(unit.to(x.dtype), along, value=-1)  # x̂ stays on the sphere
             grad_x[part].addcmul_(grad_unit, inverse[part], value=-scale / tau)
+            if (kept := _some(keep, part)) is not None:
+                torch.where(kept.unsqueeze(-1), grad_x[part], g, out=grad_x[part])
         return grad_x, None, None, None, None, None
 
 
@@ -78,6 +83,13 @@ def _parts(x: Tensor) -> Iterator[slice]:
     b, n, d = x.shape
     size = max(1, b if x.is_cuda else CHUNK * torch.get_num_threads() // max(1, n * (n + d)))
     return (slice(start, start + size) for start in range(0, b, size))
+
+
+def _some(keep: Tensor | None, part: slice) -> Tensor | None:
+    """The part of `keep`, or None where it keeps everything (not looked at on a GPU, which would have to wait)."""
+    if keep is None or (not keep.is_cuda and bool(keep[part].all())):
+        return None
+    return keep[part]
 
 
 def _bias(keep: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,7 +115,7 @@ def fused(x: Tensor, *, own: float, scale: float, tau: float, keep: Tensor | Non
         own: the factor of x itself; 0 and scale = -1 give the contrast term A x alone.
         scale: the step s.
         tau: temperature.
-        keep: bool (B, N), True for the rows that count; None for all. The others give own·x.
+        keep: bool (B, N), True for the rows that count; None for all. The others stay as they are.
         dtype: type of the factors of the matrix products.
 
     Returns:

@@ -61,7 +61,7 @@ def token_contrast(
 
 
 def fused_step(x: Tensor, *, own: float, scale: float, tau: float, keep: Tensor | None) -> Tensor:
-    """own·x - scale·A x in one function; rows that `keep` leaves out give own·x. (B, N, D) → (B, N, D)."""
+    """own·x - scale·A x in one function; rows that `keep` leaves out stay as they are. (B, N, D) → (B, N, D)."""
     dtype = product_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         return fused(x, own=own, scale=scale, tau=tau, keep=keep, dtype=dtype)
