@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal
 
 from repro.config import default_data_root
@@ -142,3 +143,50 @@ class Config:
             raise ValueError(f"--degree belongs to --implementation linear, not {self.implementation}: leave it out")
         if self.norm_mode != "CN" and (self.tau != 1.0 or self.implementation != "auto"):
             raise ValueError(f"--tau and --implementation belong to --norm_mode CN, not {self.norm_mode}: leave out")
+
+
+@dataclass
+class CommandLine(Config):
+    """What `python -m gnn.main` takes: the settings of one run, or of one run for each of several seeds."""
+
+    seed: int | None = None  # type: ignore[assignment]  # to tell whether it was given
+    """Seed of weights, dropout, DropEdge and erased features (unset: 0). Splits do not depend on it."""
+
+    seeds: list[int] | int | str | None = None
+    """Several seeds in place of `--seed`, say 0,1,2: trained one after another in this process, which loads libraries
+    and graph once; each in its own folder below the output folder (seed0, seed1, ...), as if it were run alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seeds is None:
+            return
+        if self.seed is not None:
+            raise ValueError("--seed and --seeds do not go together: leave one of them out")
+        self.seeds = parse_seeds(self.seeds)
+
+    def runs(self) -> list[Config]:
+        """The settings of each run, as each one's own command line would give them."""
+        common = {f.name: getattr(self, f.name) for f in fields(Config)}
+        if self.seeds is None:
+            return [Config(**common | {"seed": self.seed or 0})]
+        folders = {seed: str(Path(self.output_dir) / f"seed{seed}") for seed in self.seeds}
+        return [Config(**common | {"seed": seed, "output_dir": folder}) for seed, folder in folders.items()]
+
+
+def parse_seeds(given: list[int] | int | str) -> list[int]:
+    """Seeds from `0,1,2`, `[0, 1, 2]` or a single number.
+
+    Raises:
+        ValueError: none, one of them twice, or no whole number.
+    """
+    if isinstance(given, str):
+        try:
+            given = [int(word) for word in given.split(",")] if given.strip() else []
+        except ValueError:
+            raise ValueError(f"--seeds must be whole numbers separated by commas, got {given!r}") from None
+    seeds = [given] if isinstance(given, int) else given
+    if not seeds:
+        raise ValueError("--seeds is empty: name the seeds, say --seeds 0,1,2")
+    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise ValueError(f"--seeds names {twice[0]} twice")
+    return seeds

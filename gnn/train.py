@@ -26,6 +26,32 @@ SPARSE_BELOW = 0.2  # share of nonzero features under which the sparse product i
 SELECTION = {"reference": "last epoch", "standard": "best validation accuracy"}
 
 
+class Problem:
+    """What the runs of one command share: a graph on its device, its adjacency, and the features.
+
+    Args:
+        config: data, split, device, missing_rate.
+
+    Raises:
+        UserError: bad data, or a GPU was asked for and there is none.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.device = choose_device(config.device)
+        self.graph = load_graph(config.data, config.data_root, split=config.split)
+        self.adjacency = Adjacency.from_edges(self.graph.edge_index, len(self.graph.y)).to(self.device)
+        self._features: Tensor | Sparse | None = None
+
+    def features(self, config: Config) -> Tensor | Sparse:
+        """(N, F) on the device, sparse where that pays; made once unless erased, which each seed does its own way."""
+        if self._features is not None and not config.missing_rate:
+            return self._features
+        x = features(self.graph, missing_rate=config.missing_rate, seed=config.seed)
+        sparse = (x != 0).float().mean() < SPARSE_BELOW
+        self._features = Sparse.from_dense(x).to(self.device) if sparse else x.to(self.device)
+        return self._features
+
+
 def train(config: Config, *, quiet: bool = False) -> None:
     """Train and test one cell; its folder ends with a record.json.
 
@@ -33,71 +59,74 @@ def train(config: Config, *, quiet: bool = False) -> None:
         config: the settings.
         quiet: no progress bar and no printed lines (several runs at once).
     """
-    device = choose_device(config.device)
     finished = (Path(config.output_dir) / "record.json").exists()  # needs no data to say so
-    # Loaded before Run: bad data leaves no folder.
-    graph = None if finished else load_graph(config.data, config.data_root, split=config.split)
+    problem = None if finished else Problem(config)  # before Run: bad data leaves no folder
     with Run(config.output_dir, "gnn", config, report_to=config.report_to) as run:
-        if run.done or graph is None:
-            return
-        seed_everything(config.seed)
-        x, adjacency = inputs(graph, config, device)
-        model = build_model(config, x.shape[1], graph.classes).to(device)
-        if not quiet:
-            print(describe(model, config))
-        labels, nodes = graph.y.to(device), graph.train.to(device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.wd)
-        best: dict[str, Any] = {"validation": -1.0, "epoch": 0, "model": None}
+        if not run.done and problem is not None:
+            fit(run, config, problem, quiet=quiet)
 
-        start = 0
-        if (found := run.restore()) is not None:
-            start, state = found
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            set_rng_state(state["rng"])
-            best = state["best"]
 
-        every = config.eval_every or (1 if config.protocol == "standard" else config.epochs)
-        for epoch in tqdm(range(start + 1, config.epochs + 1), initial=start, total=config.epochs, disable=quiet):
-            model.train()
-            loss = F.cross_entropy(model(x, adjacency)[nodes], labels[nodes])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+def fit(run: Run, config: Config, problem: Problem, *, quiet: bool = False) -> None:
+    """Train from the run's last checkpoint, or the beginning, to its record."""
+    graph, adjacency, device = problem.graph, problem.adjacency, problem.device
+    x = problem.features(config)
+    seed_everything(config.seed)
+    model = build_model(config, x.shape[1], graph.classes).to(device)
+    if not quiet:
+        print(describe(model, config))
+    labels, nodes = graph.y.to(device), graph.train.to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.wd)
+    best: dict[str, Any] = {"validation": -1.0, "epoch": 0, "model": None}
 
-            line: dict[str, Any] = {"epoch": epoch, "loss": loss.item()}
-            last = epoch == config.epochs
-            if epoch % every == 0 or last:
-                line |= accuracies(model, x, adjacency, graph, config.protocol)
-                if config.protocol == "standard" and line["validation_accuracy"] > best["validation"]:
-                    best = {"validation": line["validation_accuracy"], "epoch": epoch}
-                    best["model"] = copy.deepcopy(model.state_dict())
-            run.log(line)
-            if epoch % config.checkpoint_every == 0 or last or run.stop_requested:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng_state()}
-                run.checkpoint(epoch, state | {"best": best})
+    start = 0
+    if (found := run.restore()) is not None:
+        start, state = found
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        set_rng_state(state["rng"])
+        best = state["best"]
 
-        if best["model"] is not None:
-            model.load_state_dict(best["model"])
-        extra: dict[str, Any] = {"epoch": best["epoch"] or config.epochs}
-        if config.probe:
-            extra["probe"] = probe(model, x, adjacency, run)
-        record = run.finish(
-            accuracies(model, x, adjacency, graph, config.protocol),
-            protocol=config.protocol,
-            selection=SELECTION[config.protocol],
-            parameters=sum(p.numel() for p in model.parameters()),
-            norm=describe(model, config),
-            nodes={
-                "train": int(graph.train.sum()),
-                "validation": int(graph.validation.sum()),
-                "test": int(graph.test_nodes(config.protocol).sum()),
-            },
-            **extra,
-        )
-        if not quiet:
-            accuracy = record["metrics"]["test_accuracy"]
-            print(f"test accuracy {accuracy:.4f} ({config.protocol} protocol), {run.folder / 'record.json'}")
+    every = config.eval_every or (1 if config.protocol == "standard" else config.epochs)
+    for epoch in tqdm(range(start + 1, config.epochs + 1), initial=start, total=config.epochs, disable=quiet):
+        model.train()
+        loss = F.cross_entropy(model(x, adjacency)[nodes], labels[nodes])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+        line: dict[str, Any] = {"epoch": epoch, "loss": loss.item()}
+        last = epoch == config.epochs
+        if epoch % every == 0 or last:
+            line |= accuracies(model, x, adjacency, graph, config.protocol)
+            if config.protocol == "standard" and line["validation_accuracy"] > best["validation"]:
+                best = {"validation": line["validation_accuracy"], "epoch": epoch}
+                best["model"] = copy.deepcopy(model.state_dict())
+        run.log(line)
+        if epoch % config.checkpoint_every == 0 or last or run.stop_requested:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng_state()}
+            run.checkpoint(epoch, state | {"best": best})
+
+    if best["model"] is not None:
+        model.load_state_dict(best["model"])
+    extra: dict[str, Any] = {"epoch": best["epoch"] or config.epochs}
+    if config.probe:
+        extra["probe"] = probe(model, x, adjacency, run)
+    record = run.finish(
+        accuracies(model, x, adjacency, graph, config.protocol),
+        protocol=config.protocol,
+        selection=SELECTION[config.protocol],
+        parameters=sum(p.numel() for p in model.parameters()),
+        norm=describe(model, config),
+        nodes={
+            "train": int(graph.train.sum()),
+            "validation": int(graph.validation.sum()),
+            "test": int(graph.test_nodes(config.protocol).sum()),
+        },
+        **extra,
+    )
+    if not quiet:
+        accuracy = record["metrics"]["test_accuracy"]
+        print(f"test accuracy {accuracy:.4f} ({config.protocol} protocol), {run.folder / 'record.json'}")
 
 
 def choose_device(name: str) -> torch.device:
@@ -109,15 +138,6 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def inputs(graph: Graph, config: Config, device: torch.device) -> tuple[Tensor | Sparse, Adjacency]:
-    """Features (N, F), sparse where that pays, and the adjacency."""
-    x = features(graph, missing_rate=config.missing_rate, seed=config.seed)
-    adjacency = Adjacency.from_edges(graph.edge_index, len(x)).to(device)
-    if (x != 0).float().mean() < SPARSE_BELOW:
-        return Sparse.from_dense(x).to(device), adjacency
-    return x.to(device), adjacency
 
 
 @torch.inference_mode()

@@ -181,7 +181,7 @@ def read_cells(lines: Iterable[str], results: Path) -> tuple[list[Cell], int]:
 
 
 def is_done(folder: Path) -> bool:
-    """True when record.json is there and whole.
+    """True when record.json is there and whole, and so are the records that it sums up, if it does.
 
     Raises:
         UserError: record.json is damaged.
@@ -195,7 +195,8 @@ def is_done(folder: Path) -> bool:
         raise UserError(f"{path}: damaged record ({error}): delete it to run the cell again") from error
     if not isinstance(record, dict) or "metrics" not in record:
         raise UserError(f"{path}: not a run's record: delete it to run the cell again")
-    return True
+    runs = record.get("runs", [])  # of a summary over several seeds (repro.group)
+    return all((folder / str(run) / "record.json").exists() for run in runs)
 
 
 def last_line(folder: Path) -> str:

@@ -34,7 +34,8 @@ def default_data_root() -> str:
 
 def _help_of(cls: type) -> dict[str, str]:
     """Field name → the string literal under the field, which says why its default is what it is."""
-    return {p.arg_name: p.description or "" for p in parse_from_object(cls).params}
+    bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]  # a field keeps its base's text
+    return {p.arg_name: p.description or "" for base in bases for p in parse_from_object(base).params}
 
 
 def _is_bool(hint: object) -> bool:

@@ -35,6 +35,11 @@ def check_record(record: Any, where: str) -> dict[str, Any]:
     return record
 
 
+def is_summary(record: Any) -> bool:
+    """True for what `repro.group` writes above the runs of several seeds: it is no run, and must not count as one."""
+    return isinstance(record, dict) and "runs" in record and "config" not in record
+
+
 def find_records(places: Iterable[str | Path]) -> list[Path]:
     """Record files in folders (searched to any depth), named files, and glob patterns.
 
@@ -57,7 +62,7 @@ def find_records(places: Iterable[str | Path]) -> list[Path]:
 
 
 def iterate_records(places: Iterable[str | Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, record) for each record; a `.jsonl` file holds one a line.
+    """(where, record) for each run's record; a `.jsonl` file holds one a line.
 
     Raises:
         UserError: a file cannot be read, or is not a record.
@@ -76,7 +81,8 @@ def iterate_records(places: Iterable[str | Path]) -> Iterator[tuple[str, dict[st
                 record = json.loads(part)
             except ValueError as error:
                 raise UserError(f"{where}: damaged record: {error}") from error
-            yield where, check_record(record, where)
+            if not is_summary(record):
+                yield where, check_record(record, where)
 
 
 def load_records(places: str | Path | Sequence[str | Path]) -> pd.DataFrame:
@@ -101,6 +107,10 @@ def load_records(places: str | Path | Sequence[str | Path]) -> pd.DataFrame:
             elif name not in ("environment",):
                 row[name] = value
         rows.append(row)
+    if not rows:
+        raise UserError(
+            f"{places}: only summaries of several seeds are there, none of their runs: name the folder above"
+        )
     return pd.DataFrame(rows)
 
 

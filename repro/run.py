@@ -206,14 +206,19 @@ class Run:
         """True after SIGTERM or SIGUSR2; `checkpoint` then saves and leaves."""
         return self._stop_signal is not None
 
+    @property
+    def stop_signal(self) -> int | None:
+        """The signal that asked for it."""
+        return self._stop_signal
+
     def log(self, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         if not self.main:
             return
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(_plain(values)) + "\n")
+            file.write(json.dumps(plain(values)) + "\n")
         self._lines += 1
-        self._trackers.log(_plain(values))
+        self._trackers.log(plain(values))
 
     def restore(self) -> tuple[int, Any] | None:
         """(step, state) of the last whole checkpoint, or None; metrics.jsonl is cut back to that step."""
@@ -262,13 +267,13 @@ class Run:
             "experiment": self.experiment,
             "protocol": protocol,
             "selection": selection,
-            "metrics": _plain(metrics),
+            "metrics": plain(metrics),
             "seed": getattr(self.config, "seed", None),
-            "config": _plain(yaml.safe_load(to_yaml(self.config))),
-            **_plain(extra),
+            "config": plain(yaml.safe_load(to_yaml(self.config))),
+            **plain(extra),
             "seconds": round(self.seconds, 3),
             "peak_rss_mb": round(peak_rss_mb(), 1),
-            "command": shlex.join(["python", *_readable(sys.orig_argv[1:])]),
+            "command": shlex.join(["python", *readable(sys.orig_argv[1:])]),
             "environment": environment(),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -283,22 +288,22 @@ class Run:
         write_atomic(self.folder / name, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def _readable(argv: list[str]) -> list[str]:
+def readable(argv: list[str]) -> list[str]:
     """The command line without the machine's own paths: a script's path becomes relative to the repository."""
     root = str(Path(__file__).resolve().parent.parent) + os.sep
     return [a.replace(root, "") for a in argv]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Tensors and NumPy values become numbers; NaN and infinities, which JSON lacks, become strings."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
+        return plain(dataclasses.asdict(value))
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
