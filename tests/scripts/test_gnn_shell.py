@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +26,7 @@ from repro.config import parse_config
 NORMS = ("None", "LN", "PN", "PN-SI", "PN-SCS")
 
 
-@pytest.fixture
-def listener(tmp_path: Path) -> Path:
-    """An interpreter that writes down its arguments and its input, one call after the other."""
-    program = tmp_path / "python"
-    program.write_text(
-        f'#!/usr/bin/env bash\nprintf "ARGS %s\\n" "$*" >> {tmp_path}/heard\n[ -t 0 ] || cat >> {tmp_path}/heard\n'
-    )
-    program.chmod(0o755)
-    return program
-
-
-def hear(listener: Path, script: Path, *arguments: str, **variables: str) -> tuple[list[str], list[list[str]]]:
-    """(arguments of each call of the interpreter, the words of each line piped into it)."""
-    (listener.parent / "heard").unlink(missing_ok=True)
-    subprocess.run(
-        ["bash", str(script), *arguments], check=True, cwd="/", stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHON": str(listener), **variables},
-    )  # fmt: skip
-    heard = (listener.parent / "heard").read_text().splitlines()
-    calls = [line.removeprefix("ARGS ") for line in heard if line.startswith("ARGS ")]
-    return calls, [shlex.split(line) for line in heard if not line.startswith("ARGS ")]
+Hear = Callable[..., tuple[list[str], list[list[str]]]]  # the fixture's type
 
 
 def parse(words: list[str], root: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
@@ -66,20 +47,20 @@ def one_small_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "load_graph", lambda name, *args, **kwargs: graphs.as_graph(name, data))
 
 
-def test_one_cell(listener: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = root / "gnn/run_baselines.sh"
-    (call,), _ = hear(listener, script, "cora", "8", "CN", "1.0", "3", "--", "--use_layer_norm", "--epochs", "7")
+def test_one_cell(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "gnn/run_baselines.sh"
+    (call,), _ = hear(script, "cora", "8", "CN", "1.0", "3", "--", "--use_layer_norm", "--epochs", "7")
     config = parse(call.split(), root, monkeypatch)
     assert (config.data, config.nlayer, config.norm_mode, config.norm_scale, config.seed) == ("cora", 8, "CN", 1.0, 3)
     assert config.use_layer_norm and config.epochs == 7
-    (call,), _ = hear(listener, script, DATA="texas", NLAYER="16", NORM="PN")
+    (call,), _ = hear(script, DATA="texas", NLAYER="16", NORM="PN")
     other = parse(call.split(), root, monkeypatch)
     assert (other.data, other.nlayer, other.norm_mode, other.norm_scale, other.seed) == ("texas", 16, "PN", None, 0)
     assert other.output_dir != config.output_dir
 
 
-def test_the_sweep_is_table_3(listener: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, lines = hear(listener, root / "gnn/run_different_baselines.sh", "--dry-run", JOBS="3")
+def test_the_sweep_is_table_3(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, lines = hear("gnn/run_different_baselines.sh", "--dry-run", JOBS="3")
     assert calls == ["-m repro.sweep --results results/table3/runs --jobs 3 --cluster local --dry-run"]
     assert len(lines) == len({tuple(words) for words in lines}) == 4 * 5 * (2 * len(NORMS) + 4) * 5
     distinct = {tuple(word for word in words[:-2]): words for words in lines}  # the seed comes last
@@ -94,11 +75,10 @@ def test_the_sweep_is_table_3(listener: Path, root: Path, monkeypatch: pytest.Mo
     assert set(per_cell.values()) == {4 * 5}
 
 
-def test_variables_choose_the_cells(listener: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_choose_the_cells(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = {"DATASETS": "digits", "DEPTHS": "3", "NORMS": "PN CN", "SCALES": "0.2", "SEEDS": "7", "RESULTS": "/r"}
     calls, lines = hear(
-        listener,
-        root / "gnn/run_different_baselines.sh",
+        "gnn/run_different_baselines.sh",
         **chosen,
         PROTOCOL="standard",
         FLAGS="--probe",
@@ -111,10 +91,10 @@ def test_variables_choose_the_cells(listener: Path, root: Path, monkeypatch: pyt
 
 
 def test_every_distinct_line_trains(
-    listener: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_small_graph: None
+    hear: Hear, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_small_graph: None
 ) -> None:
     """Every combination of norm, scale, LayerNorm and depth of the default sweep, each data set once."""
-    _, lines = hear(listener, root / "gnn/run_different_baselines.sh", SEEDS="0")
+    _, lines = hear("gnn/run_different_baselines.sh", SEEDS="0")
     monkeypatch.chdir(root)
     first = lines[: len(lines) // 4]
     others = {words[words.index("--config") + 1]: words for words in lines}
@@ -126,9 +106,9 @@ def test_every_distinct_line_trains(
         assert 0 <= record["metrics"]["test_accuracy"] <= 1
 
 
-def test_table3_calls_what_exists(listener: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = root / "scripts/reproduce_table3.sh"
-    calls, lines = hear(listener, script, DATASETS="cora texas", DEPTHS="2", NORMS="None", SEEDS="0", RESULTS="/r/runs")
+def test_table3_calls_what_exists(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "scripts/reproduce_table3.sh"
+    calls, lines = hear(script, DATASETS="cora texas", DEPTHS="2", NORMS="None", SEEDS="0", RESULTS="/r/runs")
     assert len(lines) == 4
     parsed: list[Any] = []
     for call in calls[1:]:
@@ -137,11 +117,11 @@ def test_table3_calls_what_exists(listener: Path, root: Path, monkeypatch: pytes
         parsed.append(parse_config(module.Config, words[2:], prog=words[1]))
     assert [c.output for c in parsed] == ["/r/table3.md", "/r/table3_chosen.md", "/r/depth.png"]
     for flag in ("--dry-run", "--status"):
-        assert len(hear(listener, script, flag)[0]) == 1
+        assert len(hear(script, flag)[0]) == 1
 
 
 def test_from_lines_to_table_and_figures(
-    listener: Path,
+    hear: Hear,
     root: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -150,7 +130,7 @@ def test_from_lines_to_table_and_figures(
 ) -> None:
     """The folders and records that a sweep leaves are what repro.tables and repro.figures read."""
     chosen = {"DATASETS": "digits", "DEPTHS": "2 4", "NORMS": "None PN CN", "SCALES": "0.2 1.0", "SEEDS": "0 1"}
-    _, lines = hear(listener, root / "gnn/run_different_baselines.sh", **chosen, FLAGS="--epochs 2 --probe")
+    _, lines = hear("gnn/run_different_baselines.sh", **chosen, FLAGS="--epochs 2 --probe")
     runs = tmp_path / "runs"
     cells, _ = sweep.read_cells([shlex.join(words) for words in lines], runs)
     monkeypatch.chdir(root)

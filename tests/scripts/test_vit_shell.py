@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shlex
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -19,27 +17,7 @@ from repro.config import parse_config
 from ViT_imagenet.config import Config
 from ViT_imagenet.main import main
 
-
-@pytest.fixture
-def listener(tmp_path: Path) -> Path:
-    """An interpreter that writes down its arguments and its input, one call after the other."""
-    program = tmp_path / "python"
-    program.write_text(
-        f'#!/usr/bin/env bash\nprintf "ARGS %s\\n" "$*" >> {tmp_path}/heard\n[ -t 0 ] || cat >> {tmp_path}/heard\n'
-    )
-    program.chmod(0o755)
-    return program
-
-
-def hear(listener: Path, script: Path, *arguments: str, **variables: str) -> tuple[list[str], list[list[str]]]:
-    """(arguments of each call of the interpreter, the words of each line piped into it)."""
-    subprocess.run(
-        ["bash", str(script), *arguments], check=True, cwd="/", stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHON": str(listener), **variables},
-    )  # fmt: skip
-    heard = (listener.parent / "heard").read_text().splitlines()
-    calls = [line.removeprefix("ARGS ") for line in heard if line.startswith("ARGS ")]
-    return calls, [shlex.split(line) for line in heard if not line.startswith("ARGS ")]
+Hear = Callable[..., tuple[list[str], list[list[str]]]]  # the fixture's type
 
 
 def parse(words: list[str], root: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
@@ -48,10 +26,9 @@ def parse(words: list[str], root: Path, monkeypatch: pytest.MonkeyPatch) -> Conf
     return parse_config(Config, [*flags, "--output_dir=x"], prog="ViT_imagenet.main")
 
 
-def test_run(listener: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, _ = hear(
-        listener,
-        root / "ViT_imagenet/run.sh",
+        "ViT_imagenet/run.sh",
         "--scale",
         "0.1",
         "--depth",
@@ -63,15 +40,13 @@ def test_run(listener: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert call.startswith("-m torch.distributed.run --standalone --nproc-per-node=4 -m ViT_imagenet.main")
     config = parse(call.split(), root, monkeypatch)
     assert (config.depth, config.scale, config.data_set) == (24, 0.1, "IMNET100")
-    (plain,) = hear(listener, root / "ViT_imagenet/run.sh", "--norm", "layer")[0][1:]
+    (plain,), _ = hear("ViT_imagenet/run.sh", "--norm", "layer")
     assert plain.startswith("-m ViT_imagenet.main --config ViT_imagenet/configs/cifar10_cpu.yaml --output_dir out/vit/")
 
 
-def test_baselines(listener: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = root / "ViT_imagenet/run_different_baselines.sh"
-    calls, lines = hear(
-        listener, script, "--dry-run", SEEDS="0 1", SCALES="vanilla 0.1", FLAGS="--data-path /d", JOBS="3"
-    )
+def test_baselines(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "ViT_imagenet/run_different_baselines.sh"
+    calls, lines = hear(script, "--dry-run", SEEDS="0 1", SCALES="vanilla 0.1", FLAGS="--data-path /d", JOBS="3")
     assert calls == ["-m repro.sweep --results out/vit/imagenet100_tiny --jobs 3 --cluster local --dry-run"]
     configs = [parse(words, root, monkeypatch) for words in lines]
     assert {(c.depth, c.norm, c.scale, c.seed) for c in configs} == {
@@ -84,10 +59,9 @@ def test_baselines(listener: Path, root: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {c.data_path for c in configs} == {"/d"}
 
 
-def test_table2(listener: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = root / "scripts/reproduce_table2.sh"
+def test_table2(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "scripts/reproduce_table2.sh"
     calls, lines = hear(
-        listener,
         script,
         "--gpus",
         "4",
@@ -110,7 +84,7 @@ def test_table2(listener: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_every_line_of_every_script_trains(
-    listener: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hear: Hear, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One step per line on eight images, each line's own flags otherwise; depth and image side cut to size."""
     datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
@@ -124,15 +98,10 @@ def test_every_line_of_every_script_trains(
         path.parent.mkdir(exist_ok=True)
         datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path))
     everything = {"DEPTHS": "1", "SCALES": "vanilla 0.1", "SEEDS": "0"}
-    hear(
-        listener,
-        root / "scripts/reproduce_table2.sh",
-        **everything,
-        CONFIGS="imagenet100_tiny imagenet1k_small cifar10_cpu",
-    )
-    _, lines = hear(
-        listener, root / "ViT_imagenet/run_different_baselines.sh", **everything, CONFIG="tiny_imagenet100_cpu"
-    )
+    configs = "imagenet100_tiny imagenet1k_small cifar10_cpu"
+    _, lines = hear("scripts/reproduce_table2.sh", **everything, CONFIGS=configs)
+    _, more = hear("ViT_imagenet/run_different_baselines.sh", **everything, CONFIG="tiny_imagenet100_cpu")
+    lines += more
     assert len(lines) == 8
     monkeypatch.chdir(root)
     for number, words in enumerate(lines):
