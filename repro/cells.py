@@ -99,7 +99,7 @@ def slug(words: list[str]) -> str:
         elif name == "config":
             parts.append(Path(word).stem)
         elif not is_path:
-            parts.append(f"{name}{word}" if re.fullmatch(r"[-+.\deE]+", word) else word)
+            parts.append(f"{name}{word}" if re.fullmatch(r"[-+.,\deE]+", word) else word)
         name = ""
     if name:
         parts.append(name)

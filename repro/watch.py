@@ -47,12 +47,17 @@ class Config:
 
 
 def progress(folder: Path) -> float | None:
-    """How far a run is, 0 to 1, from the last epoch in metrics.jsonl; None when its length is not known."""
+    """How far a run is, 0 to 1, from the last epoch in metrics.jsonl; None when its length is not known.
+
+    Of several seeds in one folder (repro.group): the mean over the seeds, those that have not begun being at 0.
+    """
     try:
         config = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
+        if seeds := config.get("seeds"):
+            return statistics.fmean(progress(folder / f"seed{seed}") or 0.0 for seed in seeds)
         total = next(float(config[name]) for name in LENGTH_FIELDS if config.get(name))
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError, StopIteration, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, StopIteration, AttributeError, yaml.YAMLError):
         return None
     for line in reversed(lines[-3:]):  # the last line may be half-written
         try:

@@ -76,3 +76,15 @@ def test_a_folder_without_a_sweep_is_one_line(make: Callable[[Path], object], tm
     make(tmp_path / "r")
     with pytest.raises(UserError, match="r: no such folder|r holds no sweep.txt"):
         main([str(tmp_path / "r")])
+
+
+def test_progress_of_several_seeds_in_one_folder(tmp_path: Path) -> None:
+    (tmp_path / "args.yaml").write_text("epochs: 200\nseed: null\nseeds: [0, 1, 2, 3]\n")
+    assert progress(tmp_path) == 0.0
+    for seed, epoch in ((0, 200), (1, 100)):
+        (tmp_path / f"seed{seed}").mkdir()
+        (tmp_path / f"seed{seed}/args.yaml").write_text(f"epochs: 200\nseed: {seed}\n")
+        (tmp_path / f"seed{seed}/metrics.jsonl").write_text(f'{{"epoch": {epoch}}}\n')
+    assert progress(tmp_path) == 1.5 / 4
+    (tmp_path / "args.yaml").write_text("epochs: 200\nseeds: 3\n")
+    assert progress(tmp_path) is None

@@ -17,7 +17,7 @@ import torch
 
 from gnn import data as graphs
 from gnn import train as training
-from gnn.config import Config
+from gnn.config import CommandLine, Config
 from gnn.main import main
 from gnn.pyg import Data
 from repro import figures, sweep, tables
@@ -29,10 +29,12 @@ NORMS = ("None", "LN", "PN", "PN-SI", "PN-SCS")
 Hear = Callable[..., tuple[list[str], list[list[str]]]]  # the fixture's type
 
 
-def parse(words: list[str], root: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+def parse(words: list[str], root: Path, monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """The runs that a line asks for."""
     monkeypatch.chdir(root)  # lines name configs relative to the repository
     flags = words[words.index("gnn.main") + 1 :]
-    return parse_config(Config, flags if "--output_dir" in flags else [*flags, "--output_dir=x"], prog="gnn.main")
+    flags = flags if "--output_dir" in flags else [*flags, "--output_dir=x"]
+    return parse_config(CommandLine, flags, prog="gnn.main").runs()
 
 
 @pytest.fixture
@@ -50,11 +52,11 @@ def one_small_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_cell(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = "gnn/run_baselines.sh"
     (call,), _ = hear(script, "cora", "8", "CN", "1.0", "3", "--", "--use_layer_norm", "--epochs", "7")
-    config = parse(call.split(), root, monkeypatch)
+    (config,) = parse(call.split(), root, monkeypatch)
     assert (config.data, config.nlayer, config.norm_mode, config.norm_scale, config.seed) == ("cora", 8, "CN", 1.0, 3)
     assert config.use_layer_norm and config.epochs == 7
     (call,), _ = hear(script, DATA="texas", NLAYER="16", NORM="PN")
-    other = parse(call.split(), root, monkeypatch)
+    (other,) = parse(call.split(), root, monkeypatch)
     assert (other.data, other.nlayer, other.norm_mode, other.norm_scale, other.seed) == ("texas", 16, "PN", None, 0)
     assert other.output_dir != config.output_dir
 
@@ -62,12 +64,12 @@ def test_one_cell(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_sweep_is_table_3(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, lines = hear("gnn/run_different_baselines.sh", "--dry-run", JOBS="3")
     assert calls == ["-m repro.sweep --results results/table3/runs --jobs 3 --cluster local --dry-run"]
-    assert len(lines) == len({tuple(words) for words in lines}) == 4 * 5 * (2 * len(NORMS) + 4) * 5
-    distinct = {tuple(word for word in words[:-2]): words for words in lines}  # the seed comes last
-    configs = [parse(words, root, monkeypatch) for words in distinct.values()]
+    assert len(lines) == len({tuple(words) for words in lines}) == 4 * 5 * (2 * len(NORMS) + 4)
+    runs = [parse(words, root, monkeypatch) for words in lines]
+    assert all([run.seed for run in cell] == [0, 1, 2, 3, 4] for cell in runs)
+    configs = [cell[0] for cell in runs]
     assert {c.data for c in configs} == {"cora", "citeseer", "chameleon", "squirrel"}
     assert {c.nlayer for c in configs} == {2, 4, 8, 16, 32}
-    assert {int(words[-1]) for words in lines} == {0, 1, 2, 3, 4}
     assert all((c.protocol, c.epochs, c.hid) == ("reference", 200, 32) for c in configs)
     per_cell = Counter((c.norm_mode, c.norm_scale, c.use_layer_norm) for c in configs)
     expected = {(norm, None, layer_norm) for norm in NORMS for layer_norm in (False, True)}
@@ -85,9 +87,39 @@ def test_variables_choose_the_cells(hear: Hear, root: Path, monkeypatch: pytest.
         CLUSTER="slurm",
     )
     assert calls == ["-m repro.sweep --results /r --jobs 2 --cluster slurm"]
-    configs = [parse(words, root, monkeypatch) for words in lines]
+    configs = [config for words in lines for config in parse(words, root, monkeypatch)]
     assert len(configs) == 3 and all(c.probe and c.seed == 7 and c.nlayer == 3 for c in configs)
     assert {c.protocol for c in configs} == {"standard"}
+
+
+def test_seeds_together_or_one_by_one(hear: Hear, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways ask for the same runs; auto goes on as the sweep began, and keeps all processes busy."""
+    few = {"DATASETS": "cora", "DEPTHS": "2 4", "NORMS": "None", "SEEDS": "0  1 2", "RESULTS": str(tmp_path / "runs")}
+
+    def asked(**variables: str) -> list[list[str]]:
+        return hear("gnn/run_different_baselines.sh", **few | variables)[1]
+
+    def settings(lines: list[list[str]]) -> list[dict[str, Any]]:
+        runs = [vars(config) | {"output_dir": ""} for words in lines for config in parse(words, root, monkeypatch)]
+        return sorted(runs, key=str)
+
+    one_by_one, together = asked(SEEDS_TOGETHER="0"), asked(SEEDS_TOGETHER="1")
+    assert (len(one_by_one), len(together)) == (12, 4)
+    assert all(words[-2] == "--seed" for words in one_by_one)
+    assert all(words[-2:] == ["--seeds", "0,1,2"] for words in together)
+    assert settings(one_by_one) == settings(together)
+
+    assert asked() == asked(JOBS="2") == one_by_one and asked(JOBS="1") == together  # 4 cells for 2 processes are few
+    assert asked(JOBS="1", SEEDS="0") == asked(SEEDS_TOGETHER="0", SEEDS="0")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/sweep.txt").write_text("python -m gnn.main --data cora --seed 0\n")
+    assert asked(JOBS="1") == one_by_one
+    (tmp_path / "runs/sweep.txt").write_text("python -m gnn.main --data cora --seeds 0,1,2 --epochs 3\n")
+    assert asked(JOBS="2") == together
+    assert asked(JOBS="2", SEEDS="0 1") == asked(SEEDS_TOGETHER="0", SEEDS="0 1")
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        asked(SEEDS_TOGETHER="yes")
+    assert refused.value.returncode == 2
 
 
 def test_every_distinct_line_trains(
@@ -120,7 +152,9 @@ def test_table3_calls_what_exists(hear: Hear, root: Path, monkeypatch: pytest.Mo
         assert len(hear(script, flag)[0]) == 1
 
 
+@pytest.mark.parametrize("together", ["0", "1"])
 def test_from_lines_to_table_and_figures(
+    together: str,
     hear: Hear,
     root: Path,
     tmp_path: Path,
@@ -130,7 +164,8 @@ def test_from_lines_to_table_and_figures(
 ) -> None:
     """The folders and records that a sweep leaves are what repro.tables and repro.figures read."""
     chosen = {"DATASETS": "digits", "DEPTHS": "2 4", "NORMS": "None PN CN", "SCALES": "0.2 1.0", "SEEDS": "0 1"}
-    _, lines = hear("gnn/run_different_baselines.sh", **chosen, FLAGS="--epochs 2 --probe")
+    _, lines = hear("gnn/run_different_baselines.sh", **chosen, SEEDS_TOGETHER=together, FLAGS="--epochs 2 --probe")
+    assert len(lines) == {"0": 24, "1": 12}[together]
     runs = tmp_path / "runs"
     cells, _ = sweep.read_cells([shlex.join(words) for words in lines], runs)
     monkeypatch.chdir(root)
