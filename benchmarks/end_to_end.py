@@ -12,7 +12,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import resource
+import subprocess
+import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +28,7 @@ from benchmarks.common import goal, report
 from repro.config import default_data_root, parse_config
 from repro.errors import UserError, run_main
 
-PARTS = ("cell", "glue", "deit")
+PARTS = ("cell", "seeds", "glue", "deit")
 Rows = list[dict[str, Any]]
 
 
@@ -39,6 +44,8 @@ class Config:
     """folder with graphs/, glue/ and images/"""
     depth: int = 16
     """layers of the Table 3 cell"""
+    epochs: int = 200
+    """epochs of each run of the seeds measurement"""
     steps: int = 20
     """optimizer steps of the GLUE measurement"""
     images: int = 2000
@@ -87,6 +94,46 @@ def table3_cell(config: Config, scratch: Path) -> tuple[Rows, Rows]:
     ]
 
 
+SEEDS = ("0", "1", "2")
+
+
+def seeds_together(config: Config, scratch: Path) -> tuple[Rows, Rows]:
+    """Whole commands, Cora at depth 2 on one thread: a process for each of three seeds against one for all."""
+    common = ["--data", "cora", "--data_root", config.data_root, "--nlayer", "2", "--epochs", str(config.epochs)]
+    norms = {"no norm": [], "ContraNorm": ["--norm_mode", "CN", "--norm_scale", "1.0", "--use_layer_norm"]}
+    rows: Rows = []
+    for norm, flags in norms.items():
+        ways = {"a process per seed": [["--seed", s] for s in SEEDS], "one process": [["--seeds", ",".join(SEEDS)]]}
+        taken = {}
+        for way, calls in ways.items():
+            folders = [scratch / f"{norm}-{way}-{n}" for n in range(len(calls))]
+            taken[way] = run_processes(
+                [[*common, *flags, *c, "--output_dir", str(f)] for c, f in zip(calls, folders, strict=True)]
+            )
+        slow = taken["a process per seed"][0]
+        rows += [
+            {"work": f"Cora, depth 2, {norm}, {len(SEEDS)} seeds x {config.epochs} epochs", "way": way,
+             "seconds": wall, "CPU seconds": cpu, "times faster": slow / wall}
+            for way, (wall, cpu) in taken.items()
+        ]  # fmt: skip
+    return rows, []
+
+
+def run_processes(commands: list[list[str]]) -> tuple[float, float]:
+    """Wall and CPU seconds of gnn.main's processes, one after another, on one thread each."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def cpu() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    began, used = time.perf_counter(), cpu()
+    for arguments in commands:
+        line = [sys.executable, "-m", "gnn.main", *arguments]
+        subprocess.run(line, env=environment, check=True, capture_output=True)
+    return time.perf_counter() - began, cpu() - used
+
+
 def glue_epoch(config: Config, scratch: Path) -> tuple[Rows, Rows]:
     """RTE examples per second with MiniLM and ContraNorm: unbucketed float32, bucketed, and bfloat16."""
     from BERT_glue.run_glue_no_trainer import main
@@ -130,8 +177,9 @@ def main(argv: list[str] | None = None) -> None:
     names = config.only.split(",")
     if unknown := [name for name in names if name not in PARTS]:
         raise UserError(f"--only: unknown part {unknown[0]!r}; there are {', '.join(PARTS)}")
-    needs = {"cell": "graphs/planetoid/Cora/raw", "glue": "glue/rte", "deit": "images/cifar10"}
-    parts = {"cell": table3_cell, "glue": glue_epoch, "deit": deit_epoch}
+    cora = "graphs/planetoid/Cora/raw"
+    needs = {"cell": cora, "seeds": cora, "glue": "glue/rte", "deit": "images/cifar10"}
+    parts = {"cell": table3_cell, "seeds": seeds_together, "glue": glue_epoch, "deit": deit_epoch}
     rows: Rows = []
     goals: Rows = []
     for name in names:
