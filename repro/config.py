@@ -19,6 +19,8 @@ from docstring_parser import parse_from_object
 from repro.errors import UserError
 
 T = TypeVar("T")
+# Fields that say where and how a run is done, not what it computes: they may differ when a run is continued.
+LOCATION_FIELDS = ("output_dir", "data_root", "data_path", "report_to")
 # What jsonargparse and YAML raise for a bad flag or file. ValueError: not UTF-8, or an integer of thousands of digits;
 # RecursionError: a list that holds itself.
 _UNREADABLE = (

@@ -10,12 +10,12 @@ from typing import Any
 
 import pandas as pd
 
+from repro.config import LOCATION_FIELDS
 from repro.errors import UserError
 
 REQUIRED = ("experiment", "protocol", "selection", "metrics", "config")
 # What differs between two runs of the same cell that computed the same numbers.
 _CIRCUMSTANCES = ("seconds", "peak_rss_mb", "peak_cuda_mb", "command", "environment", "finished")
-LOCATION_FIELDS = ("output_dir", "data_root", "data_path", "report_to")
 
 
 def check_record(record: Any, where: str) -> dict[str, Any]:

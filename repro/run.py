@@ -31,13 +31,11 @@ import torch
 import yaml
 
 from repro.checkpoint import load_checkpoint, save_checkpoint, write_atomic
-from repro.config import load_yaml, to_yaml
+from repro.config import LOCATION_FIELDS, load_yaml, to_yaml
 from repro.errors import Interrupted, UserError
 from repro.track import NONE, Trackers
 
 SCHEMA = 1
-# Fields that say where and how a run is done, not what it computes: they may differ when a run is continued.
-LOCATION_FIELDS = ("output_dir", "data_root", "data_path", "report_to")
 _PACKAGES = ("torch", "numpy", "torch_geometric", "transformers", "datasets", "timm", "accelerate")
 
 

@@ -15,10 +15,10 @@ import pandas as pd
 from scipy.stats import ttest_ind_from_stats
 
 from repro.checkpoint import write_atomic
-from repro.config import parse_config
+from repro.config import LOCATION_FIELDS, parse_config
 from repro.errors import UserError, run_main
 from repro.published import PAPER, Entry, load_entries
-from repro.records import LOCATION_FIELDS, load_records
+from repro.records import load_records
 
 # Fields that do not change what a run computes, up to rounding: they may differ inside a cell.
 HOW_FIELDS = (
