@@ -24,7 +24,7 @@ class ContraNorm(nn.LayerNorm):
         pre_norm: unit rows in place of x.
         learnable: train one step per feature, starting from `scale`.
         positive: with `learnable`, train its logarithm so that the step stays > 0.
-        implementation: "auto", "plain" or "blocked", see `contra_norm`.
+        implementation: "auto", "plain", "fused", "blocked", "sdpa" or "linear" (of degree 2), see `contra_norm`.
         eps: LayerNorm's epsilon.
         elementwise_affine: LayerNorm's weight and bias.
         bias: LayerNorm's bias.
