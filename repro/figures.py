@@ -177,7 +177,8 @@ def _draw_one(frame: pd.DataFrame, settings: list[str], config: Config, output: 
         figure.suptitle(title)
         figure.set_layout_engine("constrained")
         output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=160, metadata=_undated(output))
+        with plt.rc_context({"svg.hashsalt": "contranorm"}):  # SVG's element names would be random
+            figure.savefig(output, dpi=160, metadata=_undated(output))
     finally:
         plt.close(figure)
     return output
