@@ -32,6 +32,8 @@ HOW_FIELDS = (
     "workers",
 )
 GNN_SCALED = ("PN", "PN-SI", "PN-SCS")  # their scale is 1 where it is not given
+# What tells the runs of one cell apart: it is averaged over all of them. Graphs with ten splits have runs of each.
+REPLICATES = ("seed", "split")
 
 
 @dataclass
@@ -51,7 +53,8 @@ class Config:
     where: dict[str, str] = field(default_factory=dict)
     """Keep only runs whose config fields have these values: `--where '{data: cora}'`."""
     best: str | None = None
-    """A field to choose per cell (say norm_scale): the value with the highest mean of `--by` is shown."""
+    """A field to choose per cell (say norm_scale): the value with the highest mean of `--by` is shown, and named in
+    brackets."""
     by: str | None = None
     """The metric that chooses: one of a validation set, as choosing by test would overstate what is reached."""
     average: str | None = None
@@ -108,11 +111,17 @@ def prepare(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     names = {c: f"record.{c}" for c in frame.columns if c in settings and c != "seed"}  # a result named as a setting
     plain = frame.drop(columns="seed") if "seed" in settings and "seed" in frame else frame
     plain = plain.rename(columns=names | {f"config.{name}": name for name in settings})
+    if "split" in plain:  # whole numbers, which pandas makes floats of where some runs have none
+        plain["split"] = pd.Series([_whole(value) for value in plain["split"]], index=plain.index, dtype=object)
     if "norm_mode" in plain:
         unset = plain["norm_scale"].isna() & plain["norm_mode"].isin(GNN_SCALED)
         plain["norm_scale"] = plain["norm_scale"].astype(object).mask(unset, 1.0)
         plain["norm"] = [_gnn_label(row) for _, row in plain.iterrows()]
     return plain, settings
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _gnn_label(row: pd.Series[Any]) -> str:
@@ -137,7 +146,8 @@ def aggregate(frame: pd.DataFrame, keys: list[str], metric: str, settings: list[
     """Mean, sample standard deviation (NaN for one run) and number of runs per cell.
 
     Raises:
-        UserError: a cell mixes protocols, selections or settings, or holds one seed twice with different numbers.
+        UserError: a cell mixes protocols, selections or settings, or holds one seed (of one split) twice with
+            different numbers.
     """
     column = f"metrics.{metric}"
     if column not in frame:
@@ -149,8 +159,8 @@ def aggregate(frame: pd.DataFrame, keys: list[str], metric: str, settings: list[
     for values, group in frame.groupby(keys, dropna=False, sort=False):
         labels = dict(zip(keys, values, strict=True))
         where = ", ".join(f"{k}={v}" for k, v in labels.items())
-        _check_unmixed(group, [s for s in settings if s not in keys], where)
-        numbers = pd.to_numeric(_one_per_seed(group, column, where)[column])
+        _check_unmixed(group, [s for s in settings if s not in (*keys, *REPLICATES)], where)
+        numbers = pd.to_numeric(_one_per_replicate(group, column, where)[column])
         if numbers.isna().any():
             raise UserError(
                 f"cell {where}: {metric} is missing or not a number in {_first(group[group[column].isna()])}"
@@ -163,7 +173,7 @@ def aggregate(frame: pd.DataFrame, keys: list[str], metric: str, settings: list[
 def add_average(
     cells: pd.DataFrame, frame: pd.DataFrame, rows: list[str], columns: str, metric: str, wanted: list[str]
 ) -> pd.DataFrame:
-    """The cells, and for each row one more: the mean over `wanted` columns of each seed's runs, over seeds.
+    """The cells, and for each row one more: the mean over `wanted` columns of each replicate's runs, over replicates.
 
     Its column is called `average`, or `average of a, b` when these are all of `wanted` that every row has: such a mean
     is not comparable with a published one. No column is added when that leaves fewer than two.
@@ -176,11 +186,12 @@ def add_average(
     added = []
     for values, group in groups:
         part = group[group[columns].astype(str).isin(shared)]
-        by_seed = part.pivot_table(index="seed", columns=columns, values=f"metrics.{metric}").dropna().mean(axis=1)
-        if len(by_seed):
+        part = part.assign(replicate=replicate(part))
+        by_run = part.pivot_table(index="replicate", columns=columns, values=f"metrics.{metric}").dropna().mean(axis=1)
+        if len(by_run):
             labels = dict(zip(rows, values, strict=True))
             known = {k: part[k].iloc[0] for k in ("protocol", "selection", "experiment")}
-            spread = {"mean": by_seed.mean(), "std": by_seed.std(ddof=1), "n": len(by_seed)}
+            spread = {"mean": by_run.mean(), "std": by_run.std(ddof=1), "n": len(by_run)}
             added.append({**known, **labels, columns: name, **spread})
     return pd.concat([cells, pd.DataFrame(added)], ignore_index=True)
 
@@ -192,17 +203,27 @@ def _check_unmixed(group: pd.DataFrame, settings: list[str], where: str) -> None
             raise UserError(f"cell {where} mixes {name}: {', '.join(values)}; add it to --rows, or choose with --where")
 
 
-def _one_per_seed(group: pd.DataFrame, column: str, where: str) -> pd.DataFrame:
+def replicate(frame: pd.DataFrame) -> pd.Series[Any]:
+    """(seed, split) of each run; a split that is not set is the first one. None without a seed."""
+    splits = (
+        pd.to_numeric(frame["split"], errors="coerce").fillna(0)
+        if "split" in frame
+        else pd.Series(0, index=frame.index)
+    )
+    pairs = zip(frame["seed"], splits, strict=True)
+    return pd.Series([None if pd.isna(seed) else (seed, int(split)) for seed, split in pairs], index=frame.index)
+
+
+def _one_per_replicate(group: pd.DataFrame, column: str, where: str) -> pd.DataFrame:
     """The same run found twice (say, in two result folders) counts once; two different ones are an error."""
-    seeds = group["seed"]
-    if seeds.isna().any() or not seeds.duplicated().any():
+    runs = replicate(group)
+    if runs.isna().any() or not runs.duplicated().any():
         return group
-    for seed, same in group[seeds.duplicated(keep=False)].groupby("seed"):
+    for (seed, split), same in group[runs.duplicated(keep=False)].groupby(runs):
         if same[column].nunique() > 1:
-            raise UserError(
-                f"cell {where}: seed {seed} is there twice with different numbers: {', '.join(same['path'])}"
-            )
-    return group.drop_duplicates("seed")
+            which = f"seed {seed}" + (f" of split {split}" if "split" in group and group["split"].notna().any() else "")
+            raise UserError(f"cell {where}: {which} is there twice with different numbers: {', '.join(same['path'])}")
+    return group[~runs.duplicated()]
 
 
 def _metrics(frame: pd.DataFrame) -> str:
@@ -226,7 +247,9 @@ def p_value(a: tuple[float, float | None, int | None], b: tuple[float, float | N
     return float(ttest_ind_from_stats(a[0], a[1], a[2], b[0], b[1], b[2], equal_var=False).pvalue)
 
 
-def compare(cells: pd.DataFrame, keys: list[str], metric: str, entries: list[Entry], percent: bool) -> pd.DataFrame:
+def compare(
+    cells: pd.DataFrame, keys: list[str], metric: str, entries: list[Entry], percent: bool, best: str | None = None
+) -> pd.DataFrame:
     """One row per cell that has a number from elsewhere: published | reference code as run | ours | difference | p."""
     rows = []
     for _, cell in cells.iterrows():
@@ -234,7 +257,7 @@ def compare(cells: pd.DataFrame, keys: list[str], metric: str, entries: list[Ent
         found = {kind: [e for e in entries if e.kind == kind and e.fits(known, metric)] for kind in _KIND_TITLES}
         if not any(found.values()):
             continue
-        row: dict[str, str] = {key: text_of(cell[key]) for key in keys}
+        row: dict[str, str] = {key: text_of(cell[key]) for key in [*keys, *([best] if best else [])]}
         for kind, title in _KIND_TITLES.items():
             row[title] = " / ".join(show(e.mean, e.std, e.n, percent) for e in found[kind])
         row["ours"] = show(cell["mean"], cell["std"], cell["n"], percent)
@@ -264,11 +287,17 @@ def text_of(value: Any) -> str:
     return "" if value is None or (isinstance(value, float) and pd.isna(value)) else str(value)
 
 
-def pivot(cells: pd.DataFrame, rows: list[str], columns: str, percent: bool) -> pd.DataFrame:
-    """The cells as text, rows in order of appearance, columns in their natural order."""
-    texts = cells.assign(text=[show(c["mean"], c["std"], c["n"], percent) for _, c in cells.iterrows()])
+def pivot(cells: pd.DataFrame, rows: list[str], columns: str, percent: bool, best: str | None = None) -> pd.DataFrame:
+    """The cells as text, rows in order of appearance, columns in their natural order; the chosen value in brackets."""
+
+    def text(cell: pd.Series[Any]) -> str:
+        chosen = text_of(cell[best]) if best else ""
+        return show(cell["mean"], cell["std"], cell["n"], percent) + (f" [{chosen}]" if chosen else "")
+
+    texts = cells.assign(text=[text(cell) for _, cell in cells.iterrows()])
     if not columns:
-        return texts[[*rows, "text"]].rename(columns={"text": "mean ± std (n)"})
+        labels = texts[rows].map(text_of)
+        return labels.assign(**{"mean ± std (n)": texts["text"]})
     present = list(dict.fromkeys(texts[columns]))
     averages = [c for c in present if str(c).startswith(AVERAGE)]
     order = sorted(c for c in present if c not in averages) + averages
@@ -308,11 +337,18 @@ def _caption(frame: pd.DataFrame, config: Config) -> str:
         f"{config.metric}{' in %' if config.percent else ''}, mean ± sample standard deviation (number of runs)",
         f"protocol: {', '.join(sorted(set(frame['protocol'])))}",
         f"reported: {', '.join(sorted(set(frame['selection'])))}",
-        f"{len(frame)} runs, seeds {', '.join(map(str, seeds)) or 'not recorded'}",
+        f"{len(frame)} runs, seeds {', '.join(map(str, seeds)) or 'not recorded'}{_splits(frame)}",
     ]
     if config.best:
-        parts.append(f"{config.best} chosen per cell by the highest mean {config.by}")
+        parts.append(f"in brackets: {config.best} chosen per cell by the highest mean {config.by}")
     return "; ".join(parts) + "."
+
+
+def _splits(frame: pd.DataFrame) -> str:
+    """Which splits of the data the runs are of, where that is more than one."""
+    given = pd.to_numeric(frame["split"], errors="coerce") if "split" in frame else pd.Series(dtype=float)
+    found = sorted({int(split) for split in given.fillna(0)})
+    return f", splits {', '.join(map(str, found))}" if len(found) > 1 else ""
 
 
 def build(config: Config, entries: list[Entry]) -> str:
@@ -340,8 +376,9 @@ def build(config: Config, entries: list[Entry]) -> str:
     cells = _sorted(cells, rows)
     if config.average and columns:
         cells = add_average(cells, frame, rows, columns, metric, names_in(config.average))
-    table = render(pivot(cells, rows, columns, config.percent), config.format)
-    beside = compare(cells, keys, metric, entries, config.percent)
+    best = None if config.best in keys else config.best
+    table = render(pivot(cells, rows, columns, config.percent, best), config.format)
+    beside = compare(cells, keys, metric, entries, config.percent, best)
     if config.format == "csv":
         return table if beside.empty else f"{table}\n{render(beside, 'csv')}"
     mark = "% " if config.format == "latex" else ""

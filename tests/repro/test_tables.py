@@ -149,6 +149,35 @@ def test_a_run_found_twice_counts_once_and_two_of_one_seed_are_an_error(write_re
         table(folder)
 
 
+def test_splits_times_seeds_are_the_runs_of_one_cell(write_records, table):
+    values = {split: [0.5 + 0.01 * split, 0.6 + 0.02 * split] for split in range(10)}
+    for split, accuracies in values.items():
+        folder = write_records(accuracies, data="texas", split=split)
+    write_records([0.9, 0.8], data="cora", split=None)
+    text = table(folder)
+    everything = 100 * np.array(list(values.values()))
+    texas, cora = sorted(cells_of(text), key=lambda row: row["data"], reverse=True)
+    assert texas["mean ± std (n)"] == f"{everything.mean():.2f} ± {everything.std(ddof=1):.2f} (20)"
+    assert cora["mean ± std (n)"] == "85.00 ± 7.07 (2)"
+    assert "22 runs, seeds 0, 1, splits 0, 1, 2, 3, 4, 5, 6, 7, 8, 9;" in text.replace(".", ";")
+    assert len(cells_of(table(folder, rows="data,split"))) == 11
+    assert "splits" not in table(folder, "--where", '{split: "3"}')
+    write_records(values[3], data="texas", split=3, folder="runs/copy")
+    assert "(20)" in table(folder)
+    write_records([0.1], data="texas", split=3, folder="runs/other")
+    with pytest.raises(UserError, match="seed 0 of split 3 is there twice with different numbers"):
+        table(folder)
+
+
+def test_a_split_that_is_not_set_is_the_first(write_records, table):
+    write_records([0.5], data="texas", split=None)
+    folder = write_records([0.5], data="texas", split=0)
+    assert "50.00 (1)" in table(folder) and "splits" not in table(folder)
+    write_records([0.6], data="texas", split=0, folder="runs/other")
+    with pytest.raises(UserError, match="seed 0 of split 0 is there twice"):
+        table(folder)
+
+
 @pytest.mark.parametrize("value", ["nan", None])
 def test_a_number_that_is_missing_is_not_left_out_of_the_mean(write_records, table, value):
     folder = write_records([0.5, value], data="cora")
@@ -176,8 +205,11 @@ def test_the_scale_is_chosen_by_validation_also_where_test_says_otherwise(write_
         runs = [{"validation_accuracy": validation + e, "test_accuracy": test + e} for e in (-0.01, 0.01)]
         folder = write_records(runs, data="cora", norm_mode="CN", norm_scale=scale, use_layer_norm=True)
     text = table(folder, "--best", "norm_scale", "--by", "validation_accuracy", rows="data,norm_mode")
-    assert "50.00 ± 1.41 (2)" in text and "90.00" not in text
-    assert "norm_scale chosen per cell by the highest mean validation_accuracy" in text
+    assert "50.00 ± 1.41 (2) [0.5] |" in text and "90.00" not in text
+    assert "in brackets: norm_scale chosen per cell by the highest mean validation_accuracy" in text
+    write_records(runs, data="cora", norm_mode="None", norm_scale=None, use_layer_norm=False)
+    text = table(folder, "--best", "norm_scale", "--by", "validation_accuracy", rows="data,norm_mode")
+    assert [row["mean ± std (n)"] for row in cells_of(text)] == ["70.00 ± 1.41 (2)", "50.00 ± 1.41 (2) [0.5]"]
     with pytest.raises(UserError, match="mixes norm_scale"):
         table(folder, rows="data,norm_mode")
 
@@ -215,6 +247,11 @@ def test_table_3_sets_the_reference_code_beside_ours(write_records, table):
     assert "74.30 ± 0.31 (5)" in line and "74.50 ± 0.50 (3)" in line and "+0.20" in line and f"{p:.2g}" in line
     assert "dblp" not in text.split("reference code as run")[1]
     write_records(ours, data="cora", nlayer=8, **GNN, **norm, protocol="standard", folder="standard")
+    runs = [{"test_accuracy": v, "validation_accuracy": v} for v in ours]
+    write_records(runs, data="cora", nlayer=8, **GNN, **norm, protocol="reference", folder="chosen")
+    flags = "--preset table3 --rows data,norm_mode,use_layer_norm --best norm_scale --by validation_accuracy".split()
+    chosen = table(str(folder).replace("runs", "chosen"), *flags, rows="")
+    assert "norm_scale" in chosen.split("reference code as run")[0].splitlines()[-1] and "(3) [1.0]" in chosen
     other = table(str(folder).replace("runs", "standard"), "--preset", "table3", rows="")
     assert "reference code as run" not in other  # another protocol is another number
 
