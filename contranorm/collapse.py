@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def _batched(x: Tensor, mask: Tensor | None) -> list[Tensor]:
@@ -204,4 +206,6 @@ class CollapseProbe:
 
     def frame(self) -> pd.DataFrame:
         """One row per module and forward pass: call, layer, module, then one column per metric."""
+        import pandas as pd  # here, so that a training without a probe starts sooner
+
         return pd.DataFrame(self._rows, columns=["call", "layer", "module", *self.metrics])
