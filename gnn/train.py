@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -157,7 +156,7 @@ def probe(model: nn.Module, x: Tensor | Sparse, adjacency: Adjacency, run: Run) 
     model.eval()
     with CollapseProbe(model, model.probed()) as collapse:  # type: ignore[operator]
         model(x, adjacency)
-    frame: pd.DataFrame = collapse.frame().drop(columns=["call", "module"])
+    frame = collapse.frame().drop(columns=["call", "module"])
     frame["layer"] += 1
     write_atomic(run.folder / "probe.csv", frame.to_csv(index=False).encode())
     return {str(name): frame[name].tolist() for name in frame.columns if name != "layer"}

@@ -250,3 +250,28 @@ def test_exit_code_2_and_one_line(flags: str, python: str, tmp_path: Path) -> No
     assert done.returncode == 2
     assert done.stderr.startswith("error: gnn.main: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_does_not_wait_for_libraries_that_it_does_not_use(python: str, tmp_path: Path, data_root: Path) -> None:
+    argv = [
+        "--data",
+        "texas",
+        "--data_root",
+        str(data_root),
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    unused = ("pandas", "transformers", "matplotlib", "submitit", "datasets", "sklearn", "timm")
+    code = (
+        # Parsing needs no torch: a typing error is told at once.
+        "import sys; import gnn.main, gnn.config; assert 'torch' not in sys.modules\n"
+        f"gnn.main.main({argv!r})\n"
+        f"print([name for name in {unused} if name in sys.modules])\n"
+        "import pandas, transformers\n"  # but they can be had
+    )
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
