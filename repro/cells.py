@@ -195,8 +195,8 @@ def is_done(folder: Path) -> bool:
         raise UserError(f"{path}: damaged record ({error}): delete it to run the cell again") from error
     if not isinstance(record, dict) or "metrics" not in record:
         raise UserError(f"{path}: not a run's record: delete it to run the cell again")
-    runs = record.get("runs", [])  # of a summary over several seeds (repro.group)
-    return all((folder / str(run) / "record.json").exists() for run in runs)
+    runs = record.get("runs") if "config" not in record else None  # of a summary over several seeds (repro.group)
+    return all((folder / str(run) / "record.json").exists() for run in (runs if isinstance(runs, list) else []))
 
 
 def last_line(folder: Path) -> str:

@@ -59,6 +59,8 @@ def test_one_cell(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (other,) = parse(call.split(), root, monkeypatch)
     assert (other.data, other.nlayer, other.norm_mode, other.norm_scale, other.seed) == ("texas", 16, "PN", None, 0)
     assert other.output_dir != config.output_dir
+    (call,), _ = hear(script, "cora", "2", SEED="0,1,2")
+    assert [run.seed for run in parse(call.split(), root, monkeypatch)] == [0, 1, 2]
 
 
 def test_the_sweep_is_table_3(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
