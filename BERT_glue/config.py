@@ -93,6 +93,14 @@ class Config:
     """bf16 runs products in bfloat16 on CPUs and GPUs that have it; off by default, as in the paper."""
     group_by_length: bool = False
     """Batch examples of similar length: less padding, another order within an epoch (each example still once)."""
+    compact_embeddings: bool | None = None
+    """Train and optimize only the rows of the word embedding that occur in the run's texts: the same training. By
+    default on where --weight_decay is 0, since weight decay would shrink the other rows too."""
+    skip_unread_tokens: bool | None = None
+    """Run the feed-forward of the last block on the first token alone, which is all that the head reads: the same
+    training but for the draws of dropout. By default on where it can be: not in ALBERT, nor with a site behind it."""
+    fused_optimizer: bool = True
+    """One kernel for the whole step of AdamW; equal within rounding."""
     preprocessing_num_workers: int = 1
     """Processes that tokenize; the result is cached and reused either way."""
 
@@ -107,6 +115,13 @@ class Config:
         for name in ("weight_decay", "num_warmup_steps", "num_train_epochs", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} must be >= 0, got {getattr(self, name)}")
+        if self.compact_embeddings is None:
+            self.compact_embeddings = self.weight_decay == 0
+        elif self.compact_embeddings and self.weight_decay > 0:
+            raise ValueError(
+                f"--compact_embeddings leaves the rows of unused words as they are, --weight_decay {self.weight_decay} "
+                "shrinks them: drop one of the two"
+            )
         if self.task_name is not None:
             self.task_name = self.task_name.lower()
             if self.task_name not in TASKS:

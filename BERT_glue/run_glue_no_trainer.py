@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from BERT_glue.build import describe, load_backbone
 from BERT_glue.config import Config, parse
 from BERT_glue.data import load_splits, make_loader, tokenize
+from BERT_glue.economy import compact_embeddings, reads_all_tokens, skip_unread_tokens, trained_tokens, used_tokens
 from BERT_glue.predict import write_predictions
 from BERT_glue.sites import active_sites
 from BERT_glue.training import Job, Trainer, predict
@@ -82,7 +83,7 @@ def prepare(config: Config, accelerator: Accelerator) -> Job:
             bucket = train and config.group_by_length
             return make_loader(encoded, tokenizer, size, seed=config.seed, shuffle=train, group_by_length=bucket)
 
-        return Job(
+        job = Job(
             task=splits.task,
             metric_name=config.task_name or ("classification" if splits.task.labels else "regression"),
             model=model,
@@ -90,7 +91,27 @@ def prepare(config: Config, accelerator: Accelerator) -> Job:
             train=None if splits.train is None else loader(splits.train, train=True),
             validation={suffix: loader(rows) for suffix, rows in splits.validation.items()},
             test={file: loader(rows) for file, rows in splits.test.items()},
+            parameters=sum(p.numel() for p in model.parameters()),
         )
+        economize(config, job)
+        return job
+
+
+def economize(config: Config, job: Job) -> None:
+    """Leave out work that changes no number, as far as the settings allow.
+
+    Raises:
+        UserError: asked for where it would change numbers.
+    """
+    reason = reads_all_tokens(job.model)
+    if config.skip_unread_tokens and reason:
+        raise UserError(f"--skip_unread_tokens: {reason}; leave the flag out")
+    if config.skip_unread_tokens is not False and not reason:
+        skip_unread_tokens(job.model)
+    if config.compact_embeddings and job.train is not None:
+        loaders = [job.train, *job.validation.values(), *job.test.values()]
+        rows = [loader.dataset for loader in loaders]
+        compact_embeddings(job.model, used_tokens(rows, job.tokenizer.all_special_ids))
 
 
 def protocol(config: Config) -> str:
@@ -113,8 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         accelerator.print(describe(job.model))
         accelerator.init_trackers("BERT_glue", {k: v for k, v in vars(config).items() if v is not None})
-        sites = active_sites(job.model)
-        parameters = sum(p.numel() for p in job.model.parameters())
+        sites, tokens = active_sites(job.model), trained_tokens(job.model)
         seed_everything(config.seed + accelerator.process_index)  # dropout differs between processes
         trainer = Trainer(config, job, accelerator, run)
         found = run.restore()
@@ -142,7 +162,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             best_epoch=max(curve, key=lambda line: line["score"]) if curve else None,
             seconds_per_epoch=[line["train_seconds"] for line in curve],
             processes=accelerator.num_processes,
-            parameters=parameters,
+            parameters=job.parameters,
+            trained_tokens=None if tokens is None else len(tokens),
             sites=sites,
         )
         accelerator.print("  ".join(f"{key} {value:.4f}" for key, value in metrics.items()))

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from BERT_glue.config import Config
 from BERT_glue.data import Task
+from BERT_glue.economy import trained_tokens
 from BERT_glue.glue_metric import GlueMetric
 from BERT_glue.predict import as_predictions
 from repro.errors import Interrupted, UserError
@@ -36,6 +37,8 @@ class Job:
     train: DataLoader[Any] | None
     validation: dict[str, DataLoader[Any]]
     test: dict[str, DataLoader[Any]]
+    parameters: int
+    """Of the model as it is saved; fewer may be trained."""
 
 
 @dataclass
@@ -99,7 +102,9 @@ class Trainer:
 
     def __init__(self, config: Config, job: Job, accelerator: Accelerator, run: Run) -> None:
         self.config, self.job, self.accelerator, self.run = config, job, accelerator, run
-        optimizer = torch.optim.AdamW(parameter_groups(job.model, config.weight_decay), lr=config.learning_rate)
+        groups = parameter_groups(job.model, config.weight_decay)
+        # None, not False: PyTorch then still joins the tensors of a step where it can
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=config.fused_optimizer or None)
         self.model, self.optimizer = accelerator.prepare(job.model, optimizer)
         self.loader = accelerator.prepare(job.train) if job.train is not None else []
         job.validation = {suffix: accelerator.prepare(loader) for suffix, loader in job.validation.items()}
@@ -193,6 +198,7 @@ class Trainer:
         mine = {"rng": rng_state(), "loss_sum": self.loss_sum.cpu()}
         progress = {**vars(self.progress), "seconds": self.progress.seconds + now - self.mark}
         return {
+            "tokens": trained_tokens(self.accelerator.unwrap_model(self.model)),
             "model": self.accelerator.unwrap_model(self.model).state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -204,15 +210,19 @@ class Trainer:
         """Inverse of `state`.
 
         Raises:
-            UserError: the run was begun with another number of processes.
+            UserError: the run was begun with another number of processes, or with other texts.
         """
         there, here = len(state["processes"]), self.accelerator.num_processes
         if there != here:
             raise UserError(
                 f"{self.run.folder} was begun with {there} processes, this is {here}: use as many as before"
             )
+        model = self.accelerator.unwrap_model(self.model)
+        old, new = state["tokens"], trained_tokens(model)
+        if (old is None) != (new is None) or (old is not None and not torch.equal(old, new)):
+            raise UserError(f"{self.run.folder} was begun with texts of other words: use the same data as before")
         mine = state["processes"][self.accelerator.process_index]
-        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
+        model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.progress = Progress(**state["progress"])
