@@ -139,13 +139,8 @@ class Trainer:
         for batch in batches:
             if p.step >= self.total_steps:
                 break
-            with self.accelerator.accumulate(self.model):
-                loss = self.model(**batch).loss
-                self.accelerator.backward(loss * self.accumulation_weight())
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+            self.loss_sum += self.train_batch(batch)  # read once per epoch: a GPU is not waited for
             p.batches += 1
-            self.loss_sum += loss.detach()  # read once per epoch: a GPU is not waited for
             if self.accelerator.sync_gradients:
                 self.scheduler.step()
                 p.step += 1
@@ -153,6 +148,15 @@ class Trainer:
                 stop = self.stop_requested()
                 if stop or (every and p.step % every == 0):
                     self.save(stop)
+
+    def train_batch(self, batch: dict[str, Tensor]) -> Tensor:
+        """Forward, backward and, at the end of a group of batches, the optimizer's step; returns the loss."""
+        with self.accelerator.accumulate(self.model):
+            loss = self.model(**batch).loss
+            self.accelerator.backward(loss * self.accumulation_weight())
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss.detach()
 
     def accumulation_weight(self) -> float:
         """Makes a gradient the mean over its batches in an epoch's last group too, which may be shorter.

@@ -1,0 +1,127 @@
+"""An RTE epoch with MiniLM and ContraNorm, as the program trains it: what each improvement adds to the last.
+
+All ways train on the same examples, drawn once, and take their steps in turn, so that a slow minute of the machine
+hits all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from BERT_glue.config import parse
+from BERT_glue.data import make_loader
+from BERT_glue.economy import UsedRows
+from BERT_glue.run_glue_no_trainer import make_accelerator, prepare
+from BERT_glue.training import Trainer
+from repro.run import Run
+from repro.seeding import seed_everything
+
+BATCH = 32
+COMMON = ["--model_name_or_path", "minilm", "--task_name", "rte", "--pos", "7", "--scale", "0.01", "--seed", "0"]
+OFF = ["--no_group_by_length", "--no_compact_embeddings", "--no_skip_unread_tokens", "--no_fused_optimizer"]
+# way -> the flag that it adds to those before it
+WAYS = {
+    "float32, unbucketed": "",
+    "+ bucketed": "--group_by_length",
+    "+ compact embeddings": "--compact_embeddings",
+    "+ fused optimizer": "--fused_optimizer",
+    "+ unread tokens skipped": "--skip_unread_tokens",
+}
+
+
+@dataclass
+class Way:
+    """One set of flags, ready to train."""
+
+    trainer: Trainer
+    batches: Any
+    precision: contextlib.AbstractContextManager[Any]
+    seconds: list[float] = field(default_factory=list)
+
+    def step(self) -> None:
+        """One batch, timed."""
+        batch = next(self.batches)
+        _synchronize()
+        start = time.perf_counter()
+        with self.precision:
+            self.trainer.train_batch(batch)
+        _synchronize()
+        self.seconds.append(time.perf_counter() - start)
+
+
+def measure(data_root: str, steps: int, scratch: Path) -> list[dict[str, Any]]:
+    """One row per way.
+
+    Args:
+        data_root: with glue/rte.
+        steps: timed optimizer steps; one more comes before them.
+        scratch: folder that the settings name; nothing is written there.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    ways = {}
+    flags = [*COMMON, "--data_root", data_root, "--output_dir", str(scratch), *OFF]
+    for name, flag in WAYS.items():
+        flags += [flag] if flag else []
+        ways[name] = build(flags, steps)
+    if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported():
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        ways["+ bfloat16"] = build(flags, steps, torch.autocast(device, torch.bfloat16))
+    for _ in range(steps + 1):
+        for way in ways.values():
+            way.step()
+    slow = sum(next(iter(ways.values())).seconds[1:])
+    return [
+        {
+            "work": "RTE, MiniLM",
+            "way": name,
+            "examples a second": BATCH * steps / sum(way.seconds[1:]),
+            "times faster": slow / sum(way.seconds[1:]),
+            "weights, gradients, moments MB": state_mb(way.trainer),
+        }
+        for name, way in ways.items()
+    ]
+
+
+def build(flags: list[str], steps: int, precision: contextlib.AbstractContextManager[Any] | None = None) -> Way:
+    """A trainer with these flags; its batches are the warm-up's and those of the drawn examples."""
+    config = parse(flags)
+    accelerator = make_accelerator(config)
+    job = prepare(config, accelerator)
+    assert job.train is not None
+    rows: Any = job.train.dataset
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: (steps + 1) * BATCH].tolist()
+    first, rest = (
+        make_loader(rows.select(part), job.tokenizer, BATCH, shuffle=True, group_by_length=config.group_by_length)
+        for part in (drawn[:BATCH], drawn[BATCH:])
+    )
+    job.train = rest
+    seed_everything(config.seed)
+    trainer = Trainer(config, job, accelerator, Run(config.output_dir, "BERT_glue", config))
+    trainer.model.train()
+
+    def batches() -> Any:
+        for loader in (accelerator.prepare(first), trainer.loader):
+            yield from loader
+
+    return Way(trainer, batches(), precision or contextlib.nullcontext())
+
+
+def state_mb(trainer: Trainer) -> float:
+    """Memory of the parameters, their gradients, and the optimizer's state, in MiB."""
+    tensors = [t for p in trainer.model.parameters() for t in (p, p)]
+    tensors += [module.rest for module in trainer.model.modules() if isinstance(module, UsedRows)]
+    tensors += [t for state in trainer.optimizer.state.values() for t in state.values()]
+    return sum(t.nbytes for t in tensors) / 2**20
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
