@@ -210,3 +210,29 @@ def test_a_run_goes_on_with_the_same_texts_only(command: Any, tmp_path: Path, mo
             main(command(tmp_path / "run", "--max_train_steps", "1"))
     with pytest.raises(UserError, match="was begun with texts of other words"):
         main(command(tmp_path / "run", "--max_train_steps", "1"))
+
+
+def test_benchmark_takes_the_same_examples_every_way(
+    backbones: dict[str, Path], glue_root: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from benchmarks import glue_epoch
+
+    common = ["--model_name_or_path", str(backbones["bert"]), *SMALL, "--pos", "7", "--scale", "0.1"]
+    monkeypatch.setattr(glue_epoch, "COMMON", common)
+    monkeypatch.setattr(glue_epoch, "BATCH", 4)
+    seen: dict[int, list[torch.Tensor]] = {}
+    train_batch = training.Trainer.train_batch
+
+    def watch(self: training.Trainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen.setdefault(id(self), []).append(batch["input_ids"])
+        return train_batch(self, batch)
+
+    monkeypatch.setattr(training.Trainer, "train_batch", watch)
+    rows = glue_epoch.measure(str(glue_root), 3, tmp_path / "run")
+    assert [row["way"] for row in rows][: len(glue_epoch.WAYS)] == list(glue_epoch.WAYS)
+    assert rows[0]["times faster"] == 1 and all(row["examples a second"] > 0 for row in rows)
+    memory = [row["weights, gradients, moments MB"] for row in rows]
+    assert memory[0] == memory[1] > memory[2]
+    texts = [sorted(str(ids[ids > 0].tolist()) for batch in batches[1:] for ids in batch) for batches in seen.values()]
+    assert len(texts) == len(rows) and len(texts[0]) == 12 and all(text == texts[0] for text in texts)
+    assert not (tmp_path / "run").exists()
