@@ -27,6 +27,8 @@ OFF: dict[str, Any] = {
     "channels_last": False,
     "fused_optimizer": False,
     "group_by_length": False,
+    "compact_embeddings": False,
+    "skip_unread_tokens": False,
     "mixed_precision": "no",
 }
 METRICS = {"gnn": "test_accuracy", "ViT_imagenet": "test_accuracy", "BERT_glue": "score"}
