@@ -29,7 +29,12 @@ HOW_FIELDS = (
     "checkpoint_every",
     "eval_every",
     "probe",
-    "workers",
+    "num_workers",
+    "preprocessing_num_workers",
+    "cache",
+    "channels_last",
+    "compact_embeddings",
+    "fused_optimizer",
 )
 GNN_SCALED = ("PN", "PN-SI", "PN-SCS")  # their scale is 1 where it is not given
 # What tells the runs of one cell apart: it is averaged over all of them. Graphs with ten splits have runs of each.
