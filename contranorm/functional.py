@@ -57,7 +57,7 @@ def contra_norm(
             and answers with "blocked", after a warning, where that bound is broken; "auto" chooses among the exact
             ones by shape and device.
         degree: of the polynomial of "linear", 1 to 3: from one to the next the error falls, and the time grows about
-            with D / 3.
+            with D / 3. Where the bound of this one is broken, the next is taken.
 
     Returns:
         Same shape and dtype as `x`.

@@ -60,6 +60,17 @@ def remainder(degree: int, largest: float) -> float:
     return math.fsum(largest ** (k - 2) / math.factorial(k) for k in range(degree + 1, degree + 60))
 
 
+def visible_degree(degree: int, largest: float, dtype: torch.dtype) -> int:
+    """The degree without the terms that are below rounding wherever |s| ≤ largest.
+
+    They change nothing, and on collapsed rows the products of their factors are subnormal numbers, which processors
+    handle a hundred times slower than others.
+    """
+    while degree > 1 and largest**degree / math.factorial(degree) < 0.01 * torch.finfo(dtype).eps:
+        degree -= 1
+    return degree
+
+
 @dataclass(frozen=True)
 class Monomials:
     """The monomials of D variables of degree 0 to p, without repeats, x_a x_b x_c with a ≤ b ≤ c in lexical order.
@@ -266,41 +277,47 @@ def linear(
         tau: temperature.
         symmetric: add the softmax over columns.
         exclude: sparse CSR (N, N) of pairs that do not count, or None.
-        degree: of the polynomial, 1 to 3.
+        degree: the lowest to use, 1 to 3; the next one is taken where the bound on its error is above `MAX_ERROR`, as
+            long as there are fewer monomials than rows (with more, the exact form is the faster one).
 
     Returns:
-        (N, C), or None, after a warning, when the bound on the error is above `MAX_ERROR` on these features.
+        (N, C), or None, after a warning, when no degree is good enough on these features.
     """
     mean = unit.detach().mean(dim=0)
     d = unit - mean
     exponent = d @ mean / tau  # (N,)
     r = (exponent - exponent.detach().max()).exp().unsqueeze(1)  # (N, 1)
+    weighted = torch.cat([values * r, r], dim=1)  # (N, C + 1)
     edges = None if exclude is None else edges_of(exclude)
     largest = float(torch.linalg.vector_norm(d.detach(), dim=1).max()) ** 2 / tau
-    bound = _Bound(d.detach(), r.detach(), remainder(degree, largest) / tau**2)
+    error = math.inf
+    degree = visible_degree(degree, largest, d.dtype)
+    for power in range(degree, 4):
+        kappa = remainder(power, largest)
+        if kappa == math.inf or (power > degree and math.comb(unit.shape[1] + power, power) >= unit.shape[0]):
+            break
+        product = functools.partial(_product, d, coefficients=taylor(power, tau))
+        sums = product(weighted, edges=edges)  # (N, C + 1)
+        row_sums = _empty_is_zero(sums[:, -1:], edges)  # Z̃, (N, 1)
+        column_sums = row_sums
+        if symmetric and edges is not None and not edges.symmetric:
+            column_sums = _empty_is_zero(product(r, edges=edges.transpose()), edges.transpose())
+        bound = _Bound(d.detach(), r.detach(), kappa / tau**2)
+        error = max(bound.mean(total) for total in {row_sums, column_sums})
+        if error <= MAX_ERROR:
+            contrast = ratio(sums[:, :-1], row_sums)
+            return contrast + r * product(ratio(values, column_sums), edges=edges) if symmetric else contrast
+    warnings.warn(
+        f"implementation='linear': a polynomial may miss the softmax of cos/{tau:g} by {error:.0%} on these features, "
+        f"more than {MAX_ERROR:.0%}: the exact form is used instead",
+        stacklevel=2,
+    )
+    return None
 
-    def product(w: Tensor, edges: Edges | None) -> Tensor:
-        result: Tensor = _PolynomialProduct.apply(d, w, taylor(degree, tau), edges)
-        return result
 
-    sums = product(torch.cat([values * r, r], dim=1), edges)  # (N, C + 1)
-    row_sums = _empty_is_zero(sums[:, -1:], edges)  # Z̃, (N, 1)
-    error = bound.mean(row_sums)
-    column_sums = row_sums
-    if symmetric and edges is not None and not edges.symmetric:
-        column_sums = _empty_is_zero(product(r, edges.transpose()), edges.transpose())
-        error = max(error, bound.mean(column_sums))
-    if not error <= MAX_ERROR:
-        warnings.warn(
-            f"implementation='linear': a polynomial of degree {degree} may miss the softmax of cos/{tau:g} by "
-            f"{error:.0%} on these features, more than {MAX_ERROR:.0%}: the exact form is used instead",
-            stacklevel=2,
-        )
-        return None
-    contrast = ratio(sums[:, :-1], row_sums)
-    if symmetric:
-        contrast = contrast + r * product(ratio(values, column_sums), edges)
-    return contrast
+def _product(d: Tensor, w: Tensor, coefficients: tuple[float, ...], edges: Edges | None) -> Tensor:
+    result: Tensor = _PolynomialProduct.apply(d, w, coefficients, edges)
+    return result
 
 
 def _empty_is_zero(sums: Tensor, edges: Edges | None) -> Tensor:

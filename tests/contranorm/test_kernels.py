@@ -15,7 +15,7 @@ from contranorm import contra_norm, kernels
 from contranorm.blocked import TILE, blocked, excluded_pairs
 from contranorm.edges import edges_of
 from contranorm.fused import fused
-from contranorm.linear import linear, monomials, remainder, taylor
+from contranorm.linear import linear, monomials, remainder, taylor, visible_degree
 
 
 def unit_rows(n: int, d: int, seed: int = 0, positive: bool = False) -> torch.Tensor:
@@ -170,6 +170,32 @@ def test_linear_does_not_depend_on_its_block(monkeypatch):
     whole = linear(unit, values, tau=1.0, symmetric=False, exclude=None, degree=2)
     monkeypatch.setattr("contranorm.linear.BLOCK", 1)
     torch.testing.assert_close(linear(unit, values, tau=1.0, symmetric=False, exclude=None, degree=2), whole)
+
+
+def test_linear_takes_the_next_degree_where_the_bound_is_broken(monkeypatch):
+    x = unit_rows(300, 6)
+    monkeypatch.setattr("contranorm.linear.MAX_ERROR", 0.2)
+    answers = {p: contra_norm(x, 1.0, implementation="linear", degree=p) for p in (1, 2, 3)}
+    for limit, degree in ((0.2, 1), (0.05, 2), (0.02, 3)):  # the bounds are .13, .037 and .0093
+        monkeypatch.setattr("contranorm.linear.MAX_ERROR", limit)
+        torch.testing.assert_close(contra_norm(x, 1.0, implementation="linear", degree=1), answers[degree])
+    with pytest.warns(UserWarning, match="exact form"):  # 84 monomials of degree 3 are no gain for 60 rows
+        contra_norm(x[:60], 1.0, implementation="linear", degree=1)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-12, 1e-6, 1e-3])
+def test_linear_on_collapsed_rows(spread):
+    """Rows that all but agree: terms below rounding are left out, and nothing else changes."""
+    x = (unit_rows(300, 6, positive=True)[:1] + spread * unit_rows(300, 6, seed=1)).requires_grad_()
+    upstream = unit_rows(300, 6, seed=2)
+    found = {}
+    for implementation in ("linear", "plain"):
+        y = contra_norm(x, 1.0, implementation=implementation, degree=3)
+        found[implementation] = (y, torch.autograd.grad(y, x, upstream)[0])
+    for got, want in zip(found["linear"], found["plain"], strict=True):
+        torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
+    assert visible_degree(3, 1e-9, torch.float64) == 1 and visible_degree(3, 1e-2, torch.float64) == 3
+    assert visible_degree(3, 1e-4, torch.float32) == 2 and visible_degree(1, 0.0, torch.float32) == 1
 
 
 def test_linear_falls_back_to_exact_with_a_warning():
