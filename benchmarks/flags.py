@@ -47,11 +47,14 @@ def flags_of(row: pd.Series[Any]) -> str:
     on = []
     for name, off in OFF.items():
         value = row.get(f"config.{name}", off)
-        if (isinstance(value, float) and math.isnan(value)) or value is None or value == off:
-            if name != "eval_every" or value == off or row["experiment"] != "gnn":
-                continue
-            value = "off"  # unset: no pass but the last one
-        on.append(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}")
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            # a field that this experiment lacks; gnn's unset `eval_every` is no pass but the last one
+            value = "off" if (name, row["experiment"]) == ("eval_every", "gnn") else off
+        if name == "degree":
+            if row.get("config.implementation") == "linear":
+                on.append(f"degree={value:g}")
+        elif value != off:
+            on.append(f"{name}={value}")
     return ", ".join(on)
 
 
@@ -63,12 +66,12 @@ def compare(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """
     frame = frame.assign(flags=[flags_of(row) for _, row in frame.iterrows()])
     lines = []
-    for experiment, runs in frame.groupby("experiment", sort=False):
+    for experiment, runs in frame.groupby("experiment"):
         column = f"metrics.{METRICS[str(experiment)]}"
         off = runs[runs["flags"] == ""].set_index("seed")
         if off.empty:
             raise UserError(f"--records: no run of {experiment} has every speed flag off ({', '.join(OFF)})")
-        for flags, those in runs.groupby("flags", sort=False):
+        for flags, those in runs.groupby("flags"):  # "" comes first
             on = those.set_index("seed")
             values, slow = on[column], off[column]
             spreads = [(v.mean(), v.std(ddof=1), len(v)) for v in (values, slow)]
@@ -79,7 +82,7 @@ def compare(frame: pd.DataFrame) -> list[dict[str, Any]]:
                 line["difference"] = f"{(values.mean() - slow.mean()) * 100:+.2f}"
                 line["p (Welch)"] = None if p is None or math.isnan(p) else f"{p:.2g}"
                 line["runs with the very same metric"] = f"{int((values == slow.reindex(on.index)).sum())} of {len(on)}"
-            lines.append(line | {"seconds": float(on["seconds"].median())})
+            lines.append(line)
     return lines
 
 
