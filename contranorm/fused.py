@@ -25,7 +25,7 @@ CHUNK = 1 << 18
 
 
 class _Step(torch.autograd.Function):
-    """own·x - s·A x over the rows that `keep` (B, N) names, None for all; the other rows give own·x."""
+    """own·x - scale·A x over the rows that `keep` (B, N) names, None for all; the others stay as they are."""
 
     @staticmethod
     def forward(
@@ -36,12 +36,10 @@ class _Step(torch.autograd.Function):
         y = torch.empty_like(x)
         weights = x.new_empty((b, n, n), dtype=dtype)  # A
         inverse = x.new_empty((b, n, 1))  # 1 / ‖x‖
-        for part in _parts(x):
-            a = weights[part]
-            norm = torch.linalg.vector_norm(x[part], dim=-1, keepdim=True)
-            torch.reciprocal(norm.clamp_min_(NORM_EPS), out=inverse[part])
-            unit = (x[part] * inverse[part]).to(dtype)
-            kept = _some(keep, part)
+        for x_, y_, a, inverse_, kept in _together(x, y, weights, inverse, keep=keep):
+            norm = torch.linalg.vector_norm(x_, dim=-1, keepdim=True)
+            torch.reciprocal(norm.clamp_min_(NORM_EPS), out=inverse_)
+            unit = (x_ * inverse_).to(dtype)
             if kept is None:
                 torch.baddbmm(a, unit, unit.mT, beta=0, alpha=1 / tau, out=a)  # beta = 0: a is not read
             else:
@@ -49,9 +47,9 @@ class _Step(torch.autograd.Function):
             torch.softmax(a, dim=-1, out=a)
             if kept is not None:
                 a.mul_(kept.unsqueeze(-1))  # the gradient through A then needs no mask any more
-            _product(own, x[part], -scale, a, x[part], out=y[part])
+            _product(own, x_, -scale, a, x_, out=y_)
             if kept is not None:
-                torch.where(kept.unsqueeze(-1), y[part], x[part], out=y[part])
+                torch.where(kept.unsqueeze(-1), y_, x_, out=y_)
         ctx.save_for_backward(x, weights, inverse)
         ctx.settings = (own, scale, tau, keep)
         return y
@@ -63,33 +61,32 @@ class _Step(torch.autograd.Function):
         own, scale, tau, keep = ctx.settings
         grad = grad.contiguous()
         grad_x = torch.empty_like(x)
-        for part in _parts(x):
-            a, g = weights[part], grad[part]
-            unit = (x[part] * inverse[part]).to(a.dtype)
-            _product(own, g, -scale, a.mT, g, out=grad_x[part])
-            slope = torch.bmm(g.to(a.dtype), x[part].to(a.dtype).mT)  # G, (n, N, N)
+        for x_, g, out, a, inverse_, kept in _together(x, grad, grad_x, weights, inverse, keep=keep):
+            unit = (x_ * inverse_).to(a.dtype)
+            _product(own, g, -scale, a.mT, g, out=out)
+            slope = torch.bmm(g.to(a.dtype), x_.to(a.dtype).mT)  # G, (n, N, N)
             slope = torch._softmax_backward_data(slope, a, -1, a.dtype)  # dS
             grad_unit = torch.bmm(slope + slope.mT, unit).to(x.dtype)  # a factor of -s / τ is still missing
             along = (grad_unit * unit).sum(dim=-1, keepdim=True)
             grad_unit.addcmul_(unit.to(x.dtype), along, value=-1)  # x̂ stays on the sphere
-            grad_x[part].addcmul_(grad_unit, inverse[part], value=-scale / tau)
-            if (kept := _some(keep, part)) is not None:
-                torch.where(kept.unsqueeze(-1), grad_x[part], g, out=grad_x[part])
+            out.addcmul_(grad_unit, inverse_, value=-scale / tau)
+            if kept is not None:
+                torch.where(kept.unsqueeze(-1), out, g, out=out)
         return grad_x, None, None, None, None, None
 
 
-def _parts(x: Tensor) -> Iterator[slice]:
-    """Slices of the batch (B, N, D) that are worked on together; on a GPU all of it at once."""
+def _together(x: Tensor, *others: Tensor, keep: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """X (B, N, D), the others and `keep`, a few sequences at a time; on a GPU all of them at once.
+
+    A part of `keep` that keeps everything is None (it is not looked at on a GPU, which would have to wait).
+    """
     b, n, d = x.shape
     size = max(1, b if x.is_cuda else CHUNK * torch.get_num_threads() // max(1, n * (n + d)))
-    return (slice(start, start + size) for start in range(0, b, size))
-
-
-def _some(keep: Tensor | None, part: slice) -> Tensor | None:
-    """The part of `keep`, or None where it keeps everything (not looked at on a GPU, which would have to wait)."""
-    if keep is None or (not keep.is_cuda and bool(keep[part].all())):
-        return None
-    return keep[part]
+    parts = [torch.split(tensor, size) for tensor in (x, *others)]
+    kept: list[Tensor | None] = [None] * len(parts[0])
+    if keep is not None:
+        kept = [None if not part.is_cuda and bool(part.all()) else part for part in torch.split(keep, size)]
+    return zip(*parts, kept, strict=True)
 
 
 def _bias(keep: Tensor, dtype: torch.dtype) -> Tensor:
