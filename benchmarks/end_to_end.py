@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from benchmarks.common import goal, report
 from repro.config import default_data_root, parse_config
 from repro.errors import UserError, run_main
@@ -169,9 +171,9 @@ def main(argv: list[str] | None = None) -> None:
     parts = {"cell": table3_cell, "seeds": seeds_together, "glue": glue_epoch, "deit": deit_epoch}
     rows: Rows = []
     goals: Rows = []
-    for name in names:
+    for name in tqdm(names, desc="parts"):
         if not (Path(config.data_root) / needs[name]).exists():
-            print(f"{name} left out: no {needs[name]} below --data_root {config.data_root}")
+            tqdm.write(f"{name} left out: no {needs[name]} below --data_root {config.data_root}")
             continue
         with tempfile.TemporaryDirectory() as scratch:
             more_rows, more_goals = parts[name](config, Path(scratch))

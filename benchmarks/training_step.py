@@ -108,12 +108,14 @@ def gcn(batch: int, device: str) -> dict[str, tuple[nn.Module, Callable[[nn.Modu
 
     common: dict[str, Any] = {"output_dir": "unused", "nlayer": 16, "use_layer_norm": True}
     vanilla = build_model(GraphConfig(**common, norm_mode="None"), features, 7).to(device)
-    contra = build_model(GraphConfig(**common, norm_mode="CN", norm_scale=1.0), features, 7).to(device)
-    return {"vanilla": (vanilla, loss_of), "contranorm": (contra, loss_of)}
+    common |= {"norm_mode": "CN", "norm_scale": 1.0}
+    contra = build_model(GraphConfig(**common), features, 7).to(device)
+    linear = build_model(GraphConfig(**common, implementation="linear", degree=1), features, 7).to(device)
+    return {"vanilla": (vanilla, loss_of), "contranorm": (contra, loss_of), "linear, degree 1": (linear, loss_of)}
 
 
 def measure(name: str, dtype: torch.dtype, config: Config) -> list[dict[str, Any]]:
-    """Vanilla, plain and fast, side by side."""
+    """Vanilla, plain, fast (as the model comes) and what else there is, side by side."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     built = {"gcn": gcn, "bert": bert, "deit": deit}[name](config.batch, device)
     steps = {label: training_step(model, loss_of, dtype) for label, (model, loss_of) in built.items()}
@@ -123,7 +125,8 @@ def measure(name: str, dtype: torch.dtype, config: Config) -> list[dict[str, Any
         with mock.patch("contranorm.kernels.choose", return_value="plain"):  # what implementation="plain" does
             fast()
 
-    times = alternate_ms({"vanilla": steps["vanilla"], "plain": plain, "fast": fast}, rounds=config.rounds)
+    ways = {"vanilla": steps.pop("vanilla"), "plain": plain, "fast": steps.pop("contranorm")} | steps
+    times = alternate_ms(ways, rounds=config.rounds)
     kind = str(dtype).removeprefix("torch.")
     return [
         {"model": name, "dtype": kind, "variant": label, "ms": ms, "times vanilla": ms / times["vanilla"]}
