@@ -41,8 +41,8 @@ class Config:
     """models, separated by commas"""
     json: str | None = None
     """file for the result"""
-    rounds: int = 5
-    """timings of each variant, taken in turns"""
+    rounds: int = 9
+    """timings of each variant, taken in turns; medians of fewer differ by some per cent from run to run"""
     bf16: bool = False
     """measure bfloat16 autocast also where the processor only emulates it"""
     batch: int = 64
