@@ -99,6 +99,10 @@ class Config:
     skip_unread_tokens: bool | None = None
     """Run the feed-forward of the last block on the first token alone, which is all that the head reads: the same
     training but for the draws of dropout. By default on where it can be: not in ALBERT, nor with a site behind it."""
+    cheap_dropout: bool | None = None
+    """Draw dropout from 16 random bits per element: other draws of the same distribution, at a rate rounded to 1/65536
+    and with kept values scaled by the exact share. By default on where training runs on a CPU; a GPU's own dropout is
+    fused already, and stays."""
     fused_optimizer: bool = True
     """One kernel for the whole step of AdamW; equal within rounding."""
     preprocessing_num_workers: int = 1

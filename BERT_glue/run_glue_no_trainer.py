@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from BERT_glue.build import describe, load_backbone
 from BERT_glue.config import Config, parse
 from BERT_glue.data import load_splits, make_loader, tokenize
+from BERT_glue.dropout import use_cheap_dropout
 from BERT_glue.economy import compact_embeddings, reads_all_tokens, skip_unread_tokens, trained_tokens, used_tokens
 from BERT_glue.predict import write_predictions
 from BERT_glue.sites import active_sites
@@ -98,7 +99,7 @@ def prepare(config: Config, accelerator: Accelerator) -> Job:
 
 
 def economize(config: Config, job: Job) -> None:
-    """Leave out work that changes no number, as far as the settings allow.
+    """Leave out work that training does not need, as far as the settings allow.
 
     Raises:
         UserError: asked for where it would change numbers.
@@ -108,6 +109,9 @@ def economize(config: Config, job: Job) -> None:
         raise UserError(f"--skip_unread_tokens: {reason}; leave the flag out")
     if config.skip_unread_tokens is not False and not reason:
         skip_unread_tokens(job.model)
+    on_cpu = not torch.accelerator.is_available()
+    if config.cheap_dropout or (config.cheap_dropout is None and on_cpu):
+        use_cheap_dropout(job.model)
     if config.compact_embeddings and job.train is not None:
         loaders = [job.train, *job.validation.values(), *job.test.values()]
         rows = [loader.dataset for loader in loaders]

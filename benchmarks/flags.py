@@ -29,6 +29,7 @@ OFF: dict[str, Any] = {
     "group_by_length": False,
     "compact_embeddings": False,
     "skip_unread_tokens": False,
+    "cheap_dropout": False,
     "mixed_precision": "no",
 }
 METRICS = {"gnn": "test_accuracy", "ViT_imagenet": "test_accuracy", "BERT_glue": "score"}

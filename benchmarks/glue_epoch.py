@@ -26,6 +26,7 @@ from repro.seeding import seed_everything
 BATCH = 32
 COMMON = ["--model_name_or_path", "minilm", "--task_name", "rte", "--pos", "7", "--scale", "0.01", "--seed", "0"]
 OFF = ["--no_group_by_length", "--no_compact_embeddings", "--no_skip_unread_tokens", "--no_fused_optimizer"]
+OFF += ["--no_cheap_dropout"]
 # way -> the flag that it adds to those before it
 WAYS = {
     "float32, unbucketed": "",
@@ -33,6 +34,7 @@ WAYS = {
     "+ compact embeddings": "--compact_embeddings",
     "+ fused optimizer": "--fused_optimizer",
     "+ unread tokens skipped": "--skip_unread_tokens",
+    "+ cheap dropout": "--cheap_dropout",
 }
 
 

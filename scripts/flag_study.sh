@@ -33,8 +33,9 @@ glue() { # SST-2, a few steps: MiniLM learns it fast
     local line="python -m BERT_glue.run_glue_no_trainer --model_name_or_path minilm --task_name sst2 --pos 7 --scale 0.01"
     line="$line --learning_rate 1e-4 --max_train_steps 40 --data_root $DATA_ROOT"
     line="$line --no_group_by_length --no_compact_embeddings --no_skip_unread_tokens --no_fused_optimizer"
+    line="$line --no_cheap_dropout"
     for flags in "" "--group_by_length" "--compact_embeddings" "--skip_unread_tokens" "--fused_optimizer" \
-        "--group_by_length --compact_embeddings --skip_unread_tokens --fused_optimizer"; do
+        "--cheap_dropout" "--group_by_length --compact_embeddings --skip_unread_tokens --fused_optimizer --cheap_dropout"; do
         for seed in $SEEDS; do echo "$line $flags --seed $seed"; done
     done
 }
