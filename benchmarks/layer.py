@@ -315,9 +315,10 @@ def main(argv: list[str] | None = None) -> None:
         return report("layer-approximations", compare_approximations(config.rounds), [], config.json)
     if config.crossover:
         rows = find_crossover()
+        report("layer-crossover", rows, [], config.json)  # first: it names the commit, which the update makes dirty
         if config.update:
             update_choices(rows)
-        return report("layer-crossover", rows, [], config.json)
+        return None
     if config.growth:
         return report("layer-growth", *measure_growth(), config.json)
     rate = product_gflops()
