@@ -42,3 +42,5 @@ glue() { # SST-2, a few steps: MiniLM learns it fast
 
 for part in $PARTS; do "$part"; done |
     "$PYTHON" -m repro.sweep --results "$RESULTS" --jobs "${JOBS:-2}" --cluster "${CLUSTER:-local}" "$@"
+for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) exit ;; esac; done
+"$PYTHON" -m benchmarks.flags --records "$RESULTS"
