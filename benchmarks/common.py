@@ -37,17 +37,23 @@ def alternate_ms(functions: dict[str, Callable[[], object]], *, rounds: int = 5)
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            _synchronize()
+            synchronize()
             start = time.perf_counter()
             function()
-            _synchronize()
+            synchronize()
             taken[name].append((time.perf_counter() - start) * 1e3)
     return {name: float(pd.Series(times).median()) for name, times in taken.items()}
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def has_bfloat16() -> bool:
+    """Whether products in bfloat16 are done in hardware here, not emulated."""
+    return torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
 
 
 def product_gflops(dtype: torch.dtype = torch.float32, n: int = 2048) -> float:

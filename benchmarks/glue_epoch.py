@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.common import has_bfloat16, synchronize
 from BERT_glue.config import parse
 from BERT_glue.data import make_loader
 from BERT_glue.economy import UsedRows
@@ -50,11 +51,11 @@ class Way:
     def step(self) -> None:
         """One batch, timed."""
         batch = next(self.batches)
-        _synchronize()
+        synchronize()
         start = time.perf_counter()
         with self.precision:
             self.trainer.train_batch(batch)
-        _synchronize()
+        synchronize()
         self.seconds.append(time.perf_counter() - start)
 
 
@@ -73,7 +74,7 @@ def measure(data_root: str, steps: int, scratch: Path) -> list[dict[str, Any]]:
     for name, flag in WAYS.items():
         flags += [flag] if flag else []
         ways[name] = build(flags, steps)
-    if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported():
+    if has_bfloat16():
         device = "cuda" if torch.cuda.is_available() else "cpu"
         ways["+ bfloat16"] = build(flags, steps, torch.autocast(device, torch.bfloat16))
     for _ in range(steps + 1):
@@ -122,8 +123,3 @@ def state_mb(trainer: Trainer) -> float:
     tensors += [module.rest for module in trainer.model.modules() if isinstance(module, UsedRows)]
     tensors += [t for state in trainer.optimizer.state.values() for t in state.values()]
     return sum(t.nbytes for t in tensors) / 2**20
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

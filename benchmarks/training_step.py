@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
 import ViT_imagenet  # noqa: F401  (registers its models with timm)
-from benchmarks.common import alternate_ms, goal, report
+from benchmarks.common import alternate_ms, goal, has_bfloat16, report
 from BERT_glue import ContraNormBertConfig, ContraNormBertForSequenceClassification
 from gnn.config import Config as GraphConfig
 from gnn.models import Adjacency, build_model
@@ -156,8 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     names = config.only.split(",")
     if unknown := [name for name in names if name not in MODELS]:
         raise UserError(f"--only: unknown model {unknown[0]!r}; there are {', '.join(MODELS)}")
-    hardware = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
-    dtypes = [torch.float32, torch.bfloat16] if hardware or config.bf16 else [torch.float32]
+    dtypes = [torch.float32, torch.bfloat16] if has_bfloat16() or config.bf16 else [torch.float32]
     if len(dtypes) == 1:
         print("bfloat16 left out: this processor only emulates it (--bf16 measures it all the same)")
     torch.manual_seed(0)
