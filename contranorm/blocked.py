@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 
-from contranorm.edges import entry_rows
+from contranorm.edges import entry_rows, is_symmetric
 
 # Edge of a tile: the two float32 tiles of the backward fill the second-level caches of two to four cores
 # (benchmarks/layer.py --tiles measures other edges).
@@ -61,8 +61,7 @@ def excluded_pairs(pattern: Tensor, tile: int = TILE) -> ExcludedPairs:
     if tile not in per_tile:
         n = pattern.shape[0]
         rows, columns = entry_rows(pattern), pattern.col_indices().long()
-        codes = torch.unique(rows * n + columns)
-        symmetric = torch.equal(codes, torch.unique(columns * n + rows))
+        symmetric = is_symmetric(rows, columns, n)
         direct = _by_tile(rows, columns, n, tile)
         per_tile[tile] = ExcludedPairs(direct, direct if symmetric else _by_tile(columns, rows, n, tile), symmetric)
     return per_tile[tile]

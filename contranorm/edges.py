@@ -81,16 +81,20 @@ def entry_rows(pattern: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(pattern.shape[0], device=pattern.device), count)
 
 
+def is_symmetric(rows: Tensor, columns: Tensor, n: int) -> bool:
+    """Whether (j, i) is among the entries, each there once, of an (n, n) pattern whenever (i, j) is."""
+    return torch.equal((rows * n + columns).sort().values, (columns * n + rows).sort().values)
+
+
 def edges_of(pattern: Tensor) -> Edges:
     """The entries of a sparse CSR (N, N); remembered per tensor, which must not change afterwards."""
     if pattern not in _cache:
         n = pattern.shape[0]
         rows, columns = entry_rows(pattern), pattern.col_indices().long()
-        codes = columns * n + rows
-        order = codes.argsort()
+        order = (columns * n + rows).argsort()
         crow_t = torch.zeros(n + 1, dtype=torch.long, device=columns.device)
         crow_t[1:] = torch.bincount(columns, minlength=n).cumsum(0)
-        symmetric = torch.equal(codes[order], (rows * n + columns).sort().values)
+        symmetric = is_symmetric(rows, columns, n)
         crow = pattern.crow_indices().long()
         _cache[pattern] = Edges(crow, columns, crow_t, rows[order], order, symmetric, _full(crow))
     edges: Edges = _cache[pattern]

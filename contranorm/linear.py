@@ -290,6 +290,8 @@ def linear(
     weighted = torch.cat([values * r, r], dim=1)  # (N, C + 1)
     edges = None if exclude is None else edges_of(exclude)
     largest = float(torch.linalg.vector_norm(d.detach(), dim=1).max()) ** 2 / tau
+    swapped = edges.transpose() if symmetric and edges is not None and not edges.symmetric else None
+    bound = _Bound(d.detach(), r.detach() / tau**2)
     error = math.inf
     degree = visible_degree(degree, largest, d.dtype)
     for power in range(degree, 4):
@@ -300,10 +302,9 @@ def linear(
         sums = product(weighted, edges=edges)  # (N, C + 1)
         row_sums = _empty_is_zero(sums[:, -1:], edges)  # Z̃, (N, 1)
         column_sums = row_sums
-        if symmetric and edges is not None and not edges.symmetric:
-            column_sums = _empty_is_zero(product(r, edges=edges.transpose()), edges.transpose())
-        bound = _Bound(d.detach(), r.detach(), kappa / tau**2)
-        error = max(bound.mean(total) for total in {row_sums, column_sums})
+        if swapped is not None:
+            column_sums = _empty_is_zero(product(r, edges=swapped), swapped)
+        error = kappa * max(bound.mean(total) for total in {row_sums, column_sums})
         if error <= MAX_ERROR:
             contrast = ratio(sums[:, :-1], row_sums)
             return contrast + r * product(ratio(values, column_sums), edges=edges) if symmetric else contrast
@@ -328,11 +329,11 @@ def _empty_is_zero(sums: Tensor, edges: Edges | None) -> Tensor:
 
 
 class _Bound:
-    """The mean of b_i = κ q_i / Z̃_i over the rows: Σ_i q_i / Z̃_i = ⟨Σ_j r_j d_j d_jᵀ, Σ_i d_i d_iᵀ / Z̃_i⟩."""
+    """The mean of b_i / κ = q_i / Z̃_i over the rows: Σ_i q_i / Z̃_i = ⟨Σ_j r_j d_j d_jᵀ, Σ_i d_i d_iᵀ / Z̃_i⟩ / τ²."""
 
-    def __init__(self, d: Tensor, r: Tensor, factor: float) -> None:
-        self.d, self.factor = d, factor
-        self.weighted = d.mT @ (d * r)  # (D, D)
+    def __init__(self, d: Tensor, weights: Tensor) -> None:
+        self.d = d
+        self.weighted = d.mT @ (d * weights)  # (D, D), from r / τ²
 
     @torch.no_grad()
     def mean(self, total: Tensor) -> float:
@@ -340,4 +341,4 @@ class _Bound:
         if bool((total < 0).any()):
             return math.inf
         inverse = torch.where(total > 0, total.reciprocal(), 0.0)
-        return self.factor * float((self.weighted * (self.d.mT @ (self.d * inverse))).sum()) / self.d.shape[0]
+        return float((self.weighted * (self.d.mT @ (self.d * inverse))).sum()) / self.d.shape[0]
