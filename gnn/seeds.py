@@ -19,8 +19,8 @@ def train_seeds(asked: CommandLine) -> None:
     """
     configs = asked.runs()
     group = SeedGroup(asked.output_dir, "gnn", asked)
-    finished = all((folder / "record.json").exists() for folder in group.folders)  # needs no data to say so
-    problem = None if finished else Problem(configs[0])  # before the folders: bad data leaves none
+    # A finished group needs no data; the others read it before there are folders: bad data leaves none.
+    problem = None if group.trained else Problem(configs[0])
     with group:
         if group.done:
             return

@@ -180,6 +180,11 @@ def read_cells(lines: Iterable[str], results: Path) -> tuple[list[Cell], int]:
 # -- what a folder says ----------------------------------------------------------------------------------------------
 
 
+def is_summary(record: Any) -> bool:
+    """True for what `repro.group` writes above the runs of several seeds: it is no run, and must not count as one."""
+    return isinstance(record, dict) and "runs" in record and "config" not in record
+
+
 def is_done(folder: Path) -> bool:
     """True when record.json is there and whole, and so are the records that it sums up, if it does.
 
@@ -195,7 +200,7 @@ def is_done(folder: Path) -> bool:
         raise UserError(f"{path}: damaged record ({error}): delete it to run the cell again") from error
     if not isinstance(record, dict) or "metrics" not in record:
         raise UserError(f"{path}: not a run's record: delete it to run the cell again")
-    runs = record.get("runs") if "config" not in record else None  # of a summary over several seeds (repro.group)
+    runs = record["runs"] if is_summary(record) else []
     return all((folder / str(run) / "record.json").exists() for run in (runs if isinstance(runs, list) else []))
 
 

@@ -40,9 +40,14 @@ class SeedGroup(Run):
         return [self.folder / f"seed{seed}" for seed in self.config.seeds]
 
     @property
+    def trained(self) -> bool:
+        """True when every run's record is there."""
+        return all((folder / "record.json").exists() for folder in self.folders)
+
+    @property
     def done(self) -> bool:
         """True when the summary and every run's record are there."""
-        return super().done and all((folder / "record.json").exists() for folder in self.folders)
+        return super().done and self.trained
 
     def leave_if_asked(self, run: Run | None = None) -> None:
         """Leave when a stop was asked for between two runs, or in `run` after its last checkpoint.

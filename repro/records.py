@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from repro.cells import is_summary
 from repro.config import LOCATION_FIELDS
 from repro.errors import UserError
 
@@ -33,11 +34,6 @@ def check_record(record: Any, where: str) -> dict[str, Any]:
         if not isinstance(record[name], dict):
             raise UserError(f"{where}: damaged record: {name} is no mapping")
     return record
-
-
-def is_summary(record: Any) -> bool:
-    """True for what `repro.group` writes above the runs of several seeds: it is no run, and must not count as one."""
-    return isinstance(record, dict) and "runs" in record and "config" not in record
 
 
 def find_records(places: Iterable[str | Path]) -> list[Path]:
