@@ -103,7 +103,7 @@ def step(x: Tensor, upstream: Tensor, exclude: Tensor | None, **settings: Any) -
     """Forward and backward of one layer."""
 
     def run() -> Tensor:
-        y = contra_norm(x, 1.0, exclude=exclude, **settings)
+        y = contra_norm(x, 1.0, identity=True, exclude=exclude, **settings)
         return torch.autograd.grad(y, x, upstream)[0]
 
     return run
@@ -139,7 +139,7 @@ def measure(name: str, shape: Shape, rate: float, rounds: int) -> list[dict[str,
     exact = next((settings for label, settings in variants(shape).items() if label in ("plain", "blocked")), None)
     rows = []
     with torch.no_grad():
-        reference = None if exact is None else contra_norm(x, 1.0, exclude=exclude, **exact)
+        reference = None if exact is None else contra_norm(x, 1.0, identity=True, exclude=exclude, **exact)
     for label, settings in variants(shape).items():
         row: dict[str, Any] = {"shape": name, "implementation": label, "ms": times[label]}
         row["times plain"] = times["plain"] / times[label] if "plain" in times else None
@@ -149,7 +149,7 @@ def measure(name: str, shape: Shape, rate: float, rounds: int) -> list[dict[str,
         row["of product rate"] = operations / times[label] / 1e6 / rate if operations == operations else None
         if reference is not None:
             with torch.no_grad():
-                y = contra_norm(x, 1.0, exclude=exclude, **settings)
+                y = contra_norm(x, 1.0, identity=True, exclude=exclude, **settings)
             row["output error"] = float((y - reference).norm() / reference.norm())
         rows.append(row)
     return rows
@@ -227,7 +227,9 @@ def compare_approximations(rounds: int) -> list[dict[str, Any]]:
     x = torch.randn(COMPARED, generator=torch.Generator().manual_seed(0)).relu().requires_grad_()
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     ways: dict[str, Callable[[Tensor], Tensor]] = {
-        f"polynomial of degree {p}": functools.partial(contra_norm, scale=1.0, implementation="linear", degree=p)
+        f"polynomial of degree {p}": functools.partial(
+            contra_norm, scale=1.0, identity=True, implementation="linear", degree=p
+        )
         for p in (1, 2, 3)
     }
     for name, way in (("random features", random_features), ("Nyström rows", nystrom)):
@@ -238,7 +240,7 @@ def compare_approximations(rounds: int) -> list[dict[str, Any]]:
         return torch.autograd.grad(way(x), x, upstream)[0]
 
     def exact(x: Tensor) -> Tensor:
-        return contra_norm(x, 1.0, implementation="blocked")
+        return contra_norm(x, 1.0, identity=True, implementation="blocked")
 
     y, grad = exact(x).detach(), gradient(exact)
     times = alternate_ms({name: functools.partial(gradient, way) for name, way in ways.items()}, rounds=rounds)

@@ -19,7 +19,7 @@ def contra_norm(
     scale: float | Tensor,
     *,
     tau: float = 1.0,
-    identity: bool = True,
+    identity: bool = False,
     axis: Axis = "tokens",
     symmetric: bool = False,
     pre_norm: bool = False,
@@ -33,8 +33,8 @@ def contra_norm(
     With :math:`\hat x = x / \|x\|` row by row and :math:`A = \mathrm{softmax}_{rows}(\hat x \hat x^\top / \tau)`:
 
     .. math::
-        x \mapsto (1 + s)\,x - s\,A x \quad\text{(identity=True)}, \qquad
-        x \mapsto x - s\,A x \quad\text{(identity=False, Eq. 6)}
+        x \mapsto x - s\,A x \quad\text{(Eq. 6)}, \qquad
+        x \mapsto (1 + s)\,x - s\,A x \quad\text{(identity=True)}
 
     from "ContraNorm: A Contrastive Learning Perspective on Oversmoothing and Beyond", Guo, Wang, Du, Wang, ICLR 2023
     (arXiv 2303.06562). The LayerNorm that follows it in the paper is in `contranorm.ContraNorm`.
@@ -43,9 +43,10 @@ def contra_norm(
         x: features, (B, N, D) or (N, D), any float dtype. Computed in float32 at least, returned in the dtype of `x`.
         scale: the step s; a number, or a tensor of shape (D,) for one step per feature. 0 means no step.
         tau: temperature, > 0. A large one gives plain centring.
-        identity: keep the identity's share: (1 + s) x instead of x.
+        identity: keep the identity's share: (1 + s) x instead of x, as the released code does in BERT and on graphs.
+            Followed by a LayerNorm it is Eq. 6 with the step s / (1 + s).
         axis: "tokens" compares rows (N x N). "features" compares columns (D x D, the paper's D-ContraNorm):
-            ``(1 + s) x - s x softmax_rows(x̂ᵀx̂ / tau)``.
+            ``x - s x softmax_rows(x̂ᵀx̂ / tau)``.
         symmetric: both terms of the gradient ("dual softmax"): ``A + softmax_columns`` in place of ``A``.
         pre_norm: x̂ in place of x everywhere.
         mask: (B, N), or (N,) for an (N, D) input; True for real tokens. The others neither move nor count.

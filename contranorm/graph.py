@@ -11,7 +11,7 @@ from contranorm.functional import Implementation, contra_norm
 
 
 class GraphContraNorm(nn.Module):
-    """(1+s)·x - s·A·x over the nodes of one graph, adjacent pairs left out of A's softmax (Guo et al., ICLR 2023).
+    """x - s·A·x over the nodes of one graph, adjacent pairs left out of A's softmax (Guo et al., ICLR 2023).
 
     Neighbours are meant to agree, so only the other nodes are pushed away. No parameters; the LayerNorm that the
     experiments put after it (`--use_layer_norm`) is shared by all layers and belongs to the model.
@@ -19,16 +19,24 @@ class GraphContraNorm(nn.Module):
     Args:
         scale: the step s.
         tau: temperature.
+        identity: (1+s)·x - s·A·x in place of x - s·A·x: the form of the released graph code.
         implementation: as in `contra_norm`: "auto", "plain", "blocked" or "linear".
         degree: of the polynomial of "linear".
     """
 
     def __init__(
-        self, scale: float, tau: float = 1.0, *, implementation: Implementation = "auto", degree: int = 2
+        self,
+        scale: float,
+        tau: float = 1.0,
+        *,
+        identity: bool = False,
+        implementation: Implementation = "auto",
+        degree: int = 2,
     ) -> None:
         super().__init__()
         self.scale = scale
         self.tau = tau
+        self.identity = identity
         self.implementation: Implementation = implementation
         self.degree = degree
 
@@ -40,21 +48,21 @@ class GraphContraNorm(nn.Module):
             adjacency: sparse CSR (N, N) with self-loops; its stored entries, whatever their values, are left out.
 
         Returns:
-            (N, D). A node adjacent to all others is only multiplied by 1 + s.
+            (N, D). A node adjacent to all others has nothing to be pushed from: its contrast term is 0.
         """
         return contra_norm(
             x,
             self.scale,
             tau=self.tau,
-            identity=True,
+            identity=self.identity,
             exclude=adjacency,
             implementation=self.implementation,
             degree=self.degree,
         )
 
     def extra_repr(self) -> str:
-        """Scale and temperature."""
-        return f"scale={self.scale}, tau={self.tau}"
+        """Scale, temperature and form."""
+        return f"scale={self.scale}, tau={self.tau}, identity={self.identity}"
 
 
 class PairNorm(nn.Module):

@@ -70,6 +70,10 @@ class Config:
     tau: float = 1.0
     """Temperature of ContraNorm's softmax; the reference has no other than 1."""
 
+    identity: bool = True
+    """ContraNorm as (1+s)·x - s·A·x, the released graph code; --no_identity: the paper's Eq. 6, x - s·A·x. With the
+    LayerNorm behind it, a scale s of the first is s/(1+s) of the second, which ends at 1 where the first never does."""
+
     implementation: Literal["auto", "plain", "blocked", "linear"] = "auto"
     """How ContraNorm is computed: plain stores the N x N matrix, blocked never does, linear approximates in time linear
     in N; auto chooses an exact one."""
@@ -141,8 +145,10 @@ class Config:
             raise ValueError(f"--degree must be 1, 2 or 3, got {self.degree}")
         if self.degree != 2 and self.implementation != "linear":
             raise ValueError(f"--degree belongs to --implementation linear, not {self.implementation}: leave it out")
-        if self.norm_mode != "CN" and (self.tau != 1.0 or self.implementation != "auto"):
-            raise ValueError(f"--tau and --implementation belong to --norm_mode CN, not {self.norm_mode}: leave out")
+        if self.norm_mode != "CN" and (self.tau != 1.0 or self.implementation != "auto" or not self.identity):
+            raise ValueError(
+                f"--tau, --no_identity and --implementation belong to --norm_mode CN, not {self.norm_mode}: leave out"
+            )
 
 
 @dataclass

@@ -127,7 +127,9 @@ def build_norm(config: Config, width: int) -> nn.Module:
     """The norm that `--norm_mode` names."""
     mode, scale = config.norm_mode, 1.0 if config.norm_scale is None else config.norm_scale
     if mode == "CN":
-        return GraphContraNorm(scale, config.tau, implementation=config.implementation, degree=config.degree)
+        return GraphContraNorm(
+            scale, config.tau, identity=config.identity, implementation=config.implementation, degree=config.degree
+        )
     if mode in ("PN", "PN-SI", "PN-SCS"):
         return PairNorm(mode, scale)
     makers: dict[str, Any] = {

@@ -57,7 +57,7 @@ def _oracle(
     scale: float | Tensor,
     *,
     tau: float = 1.0,
-    identity: bool = True,
+    identity: bool = False,
     axis: str = "tokens",
     symmetric: bool = False,
     pre_norm: bool = False,

@@ -72,7 +72,7 @@ def test_graph_form_equals_the_oracle(symmetric_edges, symmetric, implementation
 @pytest.mark.parametrize("implementation", ["plain", "blocked"])
 def test_a_node_adjacent_to_all_others_has_no_contrast(implementation, edges):
     x = random(9, 4).requires_grad_()
-    y = contra_norm(x, 0.5, exclude=edges(9), implementation=implementation)
+    y = contra_norm(x, 0.5, identity=True, exclude=edges(9), implementation=implementation)
     torch.testing.assert_close(y[2], 1.5 * x[2])
     assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
 
@@ -161,13 +161,16 @@ def test_two_main_forms_differ_by_a_factor(seed, scale):
 
 def test_large_temperature_centres(oracle):
     x = random(9, 5)
-    torch.testing.assert_close(contra_norm(x, 0.5, tau=1e9), x + 0.5 * (x - x.mean(dim=0)), atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(
+        contra_norm(x, 0.5, tau=1e9, identity=True), x + 0.5 * (x - x.mean(dim=0)), atol=1e-8, rtol=1e-8
+    )
 
 
 @pytest.mark.parametrize("implementation", EXACT)
 def test_collapsed_input_is_centred(implementation):
     x = random(9, 1).abs() * random(1, 5, seed=2)  # all rows parallel
-    torch.testing.assert_close(contra_norm(x, 0.5, implementation=implementation), x + 0.5 * (x - x.mean(dim=0)))
+    y = contra_norm(x, 0.5, identity=True, implementation=implementation)
+    torch.testing.assert_close(y, x + 0.5 * (x - x.mean(dim=0)))
 
 
 @given(seeds, st.floats(0.05, 1.0))
@@ -182,14 +185,14 @@ def test_proposition_variance_does_not_fall(seed, scale):
     gap = torch.eye(n, dtype=x.dtype) - attention
     smallest = torch.linalg.eigvalsh(centre @ gap + gap.T @ centre).min()
     if smallest >= -1e-12:
-        assert feature_variance(contra_norm(x, scale)) >= feature_variance(x) * (1 - 1e-12)
+        assert feature_variance(contra_norm(x, scale, identity=True)) >= feature_variance(x) * (1 - 1e-12)
 
 
 def test_proposition_variance_holds_on_most_inputs():
     # Guards the test above from never meeting its premise.
     grew = [
-        feature_variance(contra_norm(random(8, 6, seed=s), 0.5)) >= feature_variance(random(8, 6, seed=s))
-        for s in range(50)
+        feature_variance(contra_norm(x, 0.5, identity=True)) >= feature_variance(x)
+        for x in (random(8, 6, seed=s) for s in range(50))
     ]
     assert sum(grew) == 50
 
@@ -208,7 +211,7 @@ def test_proposition_effective_rank_rises(seed, scale):
 def test_a_narrow_cone_opens():
     # Table of the method: on a 64 x 16 cone, larger scales lower the mean cosine and raise the effective rank.
     x = random(64, 16) * 0.15 + random(16, seed=9)
-    outputs = [contra_norm(x, s) for s in (0.0, 0.2, 0.5, 1.0, 2.0)]
+    outputs = [contra_norm(x, s, identity=True) for s in (0.0, 0.2, 0.5, 1.0, 2.0)]
     cosines, ranks = [mean_cosine_similarity(y) for y in outputs], [effective_rank(y) for y in outputs]
     assert cosines == sorted(cosines, reverse=True) and cosines[0] - cosines[-1] > 0.05
     assert ranks == sorted(ranks) and ranks[-1] / ranks[0] > 1.3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from contranorm import CentreAndNormalize, ContraNorm, GraphContraNorm, PairNorm, contra_norm
 
@@ -17,7 +18,7 @@ def x() -> torch.Tensor:
 def test_repr_names_the_switches():
     text = repr(ContraNorm(6, 0.1, tau=2.0, symmetric=True))
     assert text.startswith("ContraNorm((6,), eps=1e-05") and "scale=0.1, tau=2.0" in text and "symmetric=True" in text
-    assert repr(GraphContraNorm(0.5)) == "GraphContraNorm(scale=0.5, tau=1.0)"
+    assert repr(GraphContraNorm(0.5)) == "GraphContraNorm(scale=0.5, tau=1.0, identity=False)"
     assert repr(PairNorm("PN-SI", 2.0)) == "PairNorm(PN-SI, scale=2.0)"
 
 
@@ -137,3 +138,14 @@ def test_the_references_ln_is_a_small_layer_norm():
     torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (6,), eps=0.0) / 6**0.5)
     for row in range(30):  # of its own row alone: no other node can keep it from collapsing
         torch.testing.assert_close(CentreAndNormalize()(x[row : row + 1]), y[row : row + 1])
+
+
+def test_one_default_form_everywhere(edges):
+    # Eq. 6, x - s·A·x, for the function, the layer and the graph layer alike.
+    x = torch.randn(2, 9, 4, dtype=torch.float64)
+    form = dict(identity=False, implementation="plain")
+    layer = ContraNorm(4, 0.5, elementwise_affine=False, dtype=torch.float64)
+    torch.testing.assert_close(contra_norm(x, 0.5), contra_norm(x, 0.5, **form))
+    torch.testing.assert_close(layer(x), F.layer_norm(contra_norm(x, 0.5, **form), (4,)))
+    adjacency = edges(9)
+    torch.testing.assert_close(GraphContraNorm(0.5)(x[0], adjacency), contra_norm(x[0], 0.5, exclude=adjacency, **form))

@@ -153,3 +153,16 @@ def test_depth_one_is_a_single_convolution(config: Any, graph: Any) -> None:
     net = build_model(settings(config, "None", nlayer=1), 12, 3)
     assert isinstance(net, DeepGCN) and len(net.layers) == 0
     assert net(x, adjacency).shape == (60, 3)
+
+
+def test_both_forms_agree_behind_the_layer_norm(config: Any, graph: Any) -> None:
+    # (1+s)x - sAx = (1+s)(x - s'Ax) with s' = s/(1+s), and the LayerNorm takes the factor out (up to its epsilon).
+    x, adjacency, _ = graph
+    logits = []
+    for identity, scale in ((True, 1.0), (False, 0.5)):
+        torch.manual_seed(0)
+        flags = dict(norm_mode="CN", use_layer_norm=True, nlayer=4, norm_scale=scale, identity=identity)
+        net = build_model(config(**flags), 12, 3).eval()
+        assert net.norms()[0].identity is identity
+        logits.append(net(x, adjacency))
+    torch.testing.assert_close(*logits, atol=1e-3, rtol=1e-3)
