@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from BERT_glue.data import Task
-from repro.checkpoint import write_atomic
+from repro.files import write_atomic
 
 
 def as_predictions(logits: Tensor, task: Task) -> Tensor:

@@ -32,7 +32,7 @@ from BERT_glue.predict import write_predictions
 from BERT_glue.sites import active_sites
 from BERT_glue.training import Job, Trainer, predict
 from repro.errors import UserError, run_main
-from repro.run import Run
+from repro.run.run import Run
 from repro.seeding import seed_everything
 
 PAPER_MAX_LENGTH = 128

@@ -22,7 +22,7 @@ from BERT_glue.economy import trained_tokens
 from BERT_glue.glue_metric import GlueMetric
 from BERT_glue.predict import as_predictions
 from repro.errors import Interrupted, UserError
-from repro.run import Run
+from repro.run.run import Run
 from repro.seeding import rng_state, set_rng_state
 
 

@@ -19,9 +19,9 @@ matplotlib.use("Agg")
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from repro.checkpoint import write_atomic
 from repro.config import parse_config
 from repro.errors import UserError, run_main
+from repro.files import write_atomic
 
 
 @dataclass

@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import save
 
-from repro.checkpoint import write_atomic
 from repro.config import parse_config
 from repro.errors import Interrupted, UserError, run_main
-from repro.run import Run
+from repro.files import write_atomic
+from repro.run.run import Run
 from repro.seeding import seed_everything
 from ViT_imagenet import setup
 from ViT_imagenet.config import Config

@@ -1,4 +1,4 @@
-"""Other ways to the contrast term in time linear in N, to hold the polynomial of `contranorm.linear` against.
+"""Other ways to the contrast term in time linear in N, to hold the polynomial of `contranorm.kernels.linear` against.
 
 `python -m benchmarks.layer --approximations` prints time and error of each at N = 20,000 without excluded pairs.
 """

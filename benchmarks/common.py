@@ -19,8 +19,8 @@ import psutil
 import torch
 from torch.utils import benchmark
 
-from repro.checkpoint import write_atomic
-from repro.run import environment
+from repro.files import write_atomic
+from repro.run.run import environment
 
 
 def median_ms(function: Callable[[], object], *, min_seconds: float = 1.0) -> float:

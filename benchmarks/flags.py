@@ -15,8 +15,8 @@ import pandas as pd
 from benchmarks.table import markdown
 from repro.config import parse_config
 from repro.errors import UserError, run_main
-from repro.records import load_records
-from repro.tables import p_value, show
+from repro.report.records import load_records
+from repro.report.tables import p_value, show
 
 # The value with which each speed flag does nothing.
 OFF: dict[str, Any] = {
@@ -40,7 +40,7 @@ class Config:
     """What to read."""
 
     records: str = "results/flags/records.jsonl"
-    """records of scripts/flag_study.sh: a folder, or the file that repro.collect made of it"""
+    """records of scripts/flag_study.sh: a folder, or the file that repro.report.collect made of it"""
 
 
 def flags_of(row: pd.Series[Any]) -> str:

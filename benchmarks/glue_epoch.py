@@ -21,7 +21,7 @@ from BERT_glue.data import make_loader
 from BERT_glue.economy import UsedRows
 from BERT_glue.run_glue_no_trainer import make_accelerator, prepare
 from BERT_glue.training import Trainer
-from repro.run import Run
+from repro.run.run import Run
 from repro.seeding import seed_everything
 
 BATCH = 32

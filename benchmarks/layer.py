@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import contranorm
 from benchmarks.approximations import nystrom, random_features
 from benchmarks.common import alternate_ms, goal, median_ms, peak_extra_mb, product_gflops, report
-from contranorm import blocked as blocked_module
-from contranorm import contra_norm
-from repro.checkpoint import write_atomic
+from contranorm import contra_norm, kernels
+from contranorm.kernels import blocked as blocked_module
 from repro.config import parse_config
 from repro.errors import UserError, run_main
+from repro.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Config:
     crossover: bool = False
     """find from which number of rows on the blocked form is the fastest exact one instead"""
     update: bool = False
-    """with --crossover: write what was found to contranorm/choices.json, where implementation="auto" reads it"""
+    """with --crossover: write what was found to contranorm/kernels/choices.json, which implementation="auto" reads"""
     growth: bool = False
     """time the linear form from N = 20,000 to 200,000 instead"""
 
@@ -212,7 +211,7 @@ def compare_chunks() -> list[dict[str, Any]]:
 
         def at(chunk: int, run: Callable[[], Tensor] = run) -> Callable[[], Tensor]:
             def timed() -> Tensor:
-                with mock.patch("contranorm.fused.CHUNK", chunk):
+                with mock.patch("contranorm.kernels.fused.CHUNK", chunk):
                     return run()
 
             return timed
@@ -272,8 +271,8 @@ def find_crossover() -> list[dict[str, Any]]:
 
 
 def update_choices(rows: list[dict[str, Any]]) -> None:
-    """Write from which N on blocked is faster, at every measured N above too, to contranorm/choices.json."""
-    path = Path(contranorm.__file__).with_name("choices.json")
+    """Write from which N on blocked is faster, at every measured N above too, to contranorm/kernels/choices.json."""
+    path = Path(kernels.__file__).with_name("choices.json")
     choices = json.loads(path.read_text(encoding="utf-8"))
     for form in choices["blocked_from"]:
         slower = [row["N"] for row in rows if row["form"] == form and row["times other"] < 1]

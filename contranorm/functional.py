@@ -54,9 +54,9 @@ def contra_norm(
             form, with x (N, D). A row that has nothing left in its softmax has a contrast term of 0.
         implementation: "plain" stores the N x N matrix and is the definition; "fused" does so with a backward of its
             own, a few sequences at a time; "blocked" is exact and never does; "sdpa" is attention with
-            q = k = x̂; "linear" replaces exp by a polynomial, in time linear in N (error bound: `contranorm.linear`),
-            and answers with "blocked", after a warning, where that bound is broken; "auto" chooses among the exact
-            ones by shape and device.
+            q = k = x̂; "linear" replaces exp by a polynomial, in time linear in N (error bound: see
+            `contranorm.kernels.linear`), and answers with "blocked", after a warning, where that bound is broken;
+            "auto" chooses among the exact ones by shape and device.
         degree: of the polynomial of "linear", 1 to 3: from one to the next the error falls, and the time grows about
             with D / 3. Where the bound of this one is broken, the next is taken.
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from gnn.config import CommandLine
 from gnn.train import Problem, fit
-from repro.group import SeedGroup, told
-from repro.run import Run
+from repro.run.group import SeedGroup, told
+from repro.run.run import Run
 
 
 def train_seeds(asked: CommandLine) -> None:

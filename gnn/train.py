@@ -16,9 +16,9 @@ from gnn.config import Config
 from gnn.data import Graph, features, load_graph
 from gnn.models import Adjacency, build_model, describe
 from gnn.sparse import Sparse
-from repro.checkpoint import write_atomic
 from repro.errors import UserError
-from repro.run import Run
+from repro.files import write_atomic
+from repro.run.run import Run
 from repro.seeding import rng_state, seed_everything, set_rng_state
 
 SPARSE_BELOW = 0.2  # share of nonzero features under which the sparse product is the faster one

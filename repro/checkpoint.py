@@ -18,31 +18,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from repro.files import fsync_folder
+
 KEEP = 2
 _FILES = ("tensors.safetensors", "state.json")
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the whole new one, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _fsync_folder(path.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _encode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -108,14 +87,14 @@ def save_checkpoint(folder: Path, step: int, state: Any) -> Path:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        _fsync_folder(temporary)
+        fsync_folder(temporary)
         if target.exists():  # the same step again, after a fall-back to an older checkpoint
             shutil.rmtree(target)
         os.replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _fsync_folder(folder)
+    fsync_folder(folder)
     for leftover in [*_superseded(folder, target), *folder.glob(".tmp-step-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
     return target

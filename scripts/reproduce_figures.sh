@@ -9,7 +9,7 @@ source scripts/python.sh
 RESULTS="${RESULTS:-results}"
 
 holds() { grep -rqs --include=record.json --include=records.jsonl -e "$1" "$folder"; }
-draw() { "$PYTHON" -m repro.figures --records "$folder" "$@"; }
+draw() { "$PYTHON" -m repro.report.figures --records "$folder" "$@"; }
 
 drawn=0
 for folder in "$RESULTS"/*/; do

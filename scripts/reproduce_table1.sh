@@ -19,6 +19,6 @@ for model in $MODELS; do
     esac
 done
 for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) exit "$status" ;; esac; done
-"$PYTHON" -m repro.tables --preset table1 --records "$RESULTS" --best scale --by score \
+"$PYTHON" -m repro.report.tables --preset table1 --records "$RESULTS" --best scale --by score \
     --output "$(dirname "$RESULTS")/table1.md"
 exit "$status"

@@ -27,5 +27,5 @@ for config in $CONFIGS; do
 done
 for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) exit "$status" ;; esac; done
 if [ "$status" -gt 1 ]; then exit "$status"; fi # 1: some cells failed, and the rest make a table
-"$PYTHON" -m repro.tables --preset table2 --records "$RESULTS" --output "$(dirname "$RESULTS")/table2.md"
+"$PYTHON" -m repro.report.tables --preset table2 --records "$RESULTS" --output "$(dirname "$RESULTS")/table2.md"
 exit "$status"

@@ -13,8 +13,8 @@ status=0
 bash gnn/run_different_baselines.sh "$@" || status=$?
 for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) exit "$status" ;; esac; done
 if [ "$status" -gt 1 ]; then exit "$status"; fi # 1: some cells failed, and the rest make a table
-"$PYTHON" -m repro.tables --preset table3 --records "$RESULTS" --output "$folder/table3.md"
-"$PYTHON" -m repro.tables --preset table3 --records "$RESULTS" --output "$folder/table3_chosen.md" \
+"$PYTHON" -m repro.report.tables --preset table3 --records "$RESULTS" --output "$folder/table3.md"
+"$PYTHON" -m repro.report.tables --preset table3 --records "$RESULTS" --output "$folder/table3_chosen.md" \
     --rows data,norm_mode,use_layer_norm --best norm_scale --by validation_accuracy
-"$PYTHON" -m repro.figures --records "$RESULTS" --kind depth --each data --output "$folder/depth.png"
+"$PYTHON" -m repro.report.figures --records "$RESULTS" --kind depth --each data --output "$folder/depth.png"
 exit "$status"

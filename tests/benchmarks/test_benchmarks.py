@@ -72,7 +72,7 @@ def test_random_graphs_have_loops_and_the_asked_number_of_edges():
 def test_choices_are_where_blocked_stays_faster(monkeypatch, tmp_path):
     path = tmp_path / "choices.json"
     path.write_text('{"blocked_from": {"graph": 1, "set": 1}}')
-    monkeypatch.setattr(layer.contranorm, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(layer.kernels, "__file__", str(tmp_path / "__init__.py"))
     times = {"graph": {64: 0.5, 128: 1.2, 256: 0.9, 512: 1.5, 1024: 2.0}, "set": {64: 0.1, 128: 0.2}}
     layer.update_choices([{"form": f, "N": n, "times other": t} for f in times for n, t in times[f].items()])
     assert json.loads(path.read_text())["blocked_from"] == {"graph": 512, "set": 256}

@@ -22,7 +22,7 @@ from BERT_glue.economy import UsedRows, compact_embeddings, skip_unread_tokens, 
 from BERT_glue.run_glue_no_trainer import main as main_once
 from BERT_glue.training import parameter_groups
 from repro.errors import UserError
-from repro.run import Run
+from repro.run.run import Run
 
 USED = torch.tensor([0, 2, 3, 7, 40, 63])  # of the tiny vocabulary's 64; 0 is padding
 

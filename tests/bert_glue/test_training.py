@@ -21,7 +21,7 @@ from BERT_glue import training
 from BERT_glue.data import TASKS
 from BERT_glue.run_glue_no_trainer import main as main_once
 from repro.errors import Interrupted, UserError
-from repro.run import Run
+from repro.run.run import Run
 
 
 def main(arguments: list[str]) -> None:

@@ -91,8 +91,8 @@ def test_explicit_zeros_are_stored_entries(edges):
 def test_gradcheck(implementation, edges):
     x = (random(7, 3).abs() + 0.1).requires_grad_()
     if implementation == "linear":  # its centre, which is a constant of the gradient, moves with the features
-        from contranorm.edges import edges_of
-        from contranorm.linear import _PolynomialProduct
+        from contranorm.kernels.edges import edges_of
+        from contranorm.kernels.linear import _PolynomialProduct
 
         w = random(7, 2, seed=3).requires_grad_()
         left_out = edges_of(edges(7, 0.2, symmetric=False))

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from contranorm import contra_norm, kernels
-from contranorm.blocked import TILE, blocked, excluded_pairs
-from contranorm.edges import edges_of
-from contranorm.fused import fused
-from contranorm.linear import linear, monomials, remainder, taylor, visible_degree
+from contranorm.kernels.blocked import TILE, blocked, excluded_pairs
+from contranorm.kernels.edges import edges_of
+from contranorm.kernels.fused import fused
+from contranorm.kernels.linear import linear, monomials, remainder, taylor, visible_degree
 
 
 def unit_rows(n: int, d: int, seed: int = 0, positive: bool = False) -> torch.Tensor:
@@ -168,16 +168,16 @@ def test_linear_is_close_to_exact(degree, bound, kind):
 def test_linear_does_not_depend_on_its_block(monkeypatch):
     unit, values = unit_rows(200, 6), unit_rows(200, 3, seed=1)
     whole = linear(unit, values, tau=1.0, symmetric=False, exclude=None, degree=2)
-    monkeypatch.setattr("contranorm.linear.BLOCK", 1)
+    monkeypatch.setattr("contranorm.kernels.linear.BLOCK", 1)
     torch.testing.assert_close(linear(unit, values, tau=1.0, symmetric=False, exclude=None, degree=2), whole)
 
 
 def test_linear_takes_the_next_degree_where_the_bound_is_broken(monkeypatch):
     x = unit_rows(300, 6)
-    monkeypatch.setattr("contranorm.linear.MAX_ERROR", 0.2)
+    monkeypatch.setattr("contranorm.kernels.linear.MAX_ERROR", 0.2)
     answers = {p: contra_norm(x, 1.0, implementation="linear", degree=p) for p in (1, 2, 3)}
     for limit, degree in ((0.2, 1), (0.05, 2), (0.02, 3)):  # the bounds are .13, .037 and .0093
-        monkeypatch.setattr("contranorm.linear.MAX_ERROR", limit)
+        monkeypatch.setattr("contranorm.kernels.linear.MAX_ERROR", limit)
         torch.testing.assert_close(contra_norm(x, 1.0, implementation="linear", degree=1), answers[degree])
     with pytest.warns(UserWarning, match="exact form"):  # 84 monomials of degree 3 are no gain for 60 rows
         contra_norm(x[:60], 1.0, implementation="linear", degree=1)
@@ -210,7 +210,7 @@ def test_linear_falls_back_to_exact_with_a_warning():
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 30])
 def test_fused_is_its_equation_whatever_the_chunk(tau, own, masked, chunk, monkeypatch):
-    monkeypatch.setattr("contranorm.fused.CHUNK", chunk)
+    monkeypatch.setattr("contranorm.kernels.fused.CHUNK", chunk)
     x = torch.randn(5, 7, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     keep = None
     weights = F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).mT / tau

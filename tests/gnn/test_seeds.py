@@ -18,12 +18,12 @@ from gnn import data as graphs
 from gnn import train as training
 from gnn.config import CommandLine, Config
 from gnn.main import main
-from repro import collect, tables
-from repro.cells import is_done
 from repro.config import parse_config
 from repro.errors import Interrupted, UserError
-from repro.records import comparable, load_records
-from repro.run import Run
+from repro.report import collect, tables
+from repro.report.records import comparable, load_records
+from repro.run.run import Run
+from repro.sweep.cell import is_done
 
 Read = Callable[[str | Path], dict[str, Any]]
 pytestmark = pytest.mark.usefixtures("small_digits")

@@ -22,8 +22,8 @@ from gnn.data import Graph, as_graph
 from gnn.main import main
 from gnn.train import accuracies, train
 from repro.errors import Interrupted, UserError
-from repro.records import comparable
-from repro.run import Run
+from repro.report.records import comparable
+from repro.run.run import Run
 
 Make = Callable[..., Config]
 Read = Callable[[str | Path], dict[str, Any]]

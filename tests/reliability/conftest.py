@@ -22,12 +22,12 @@ from typing import Any
 import pytest
 import torch
 
-import repro.cells
-from repro import sweep
+import repro.sweep.cell
 from repro.config import parse_config
 from repro.errors import run_main
-from repro.run import Run
+from repro.run.run import Run
 from repro.seeding import rng_state, seed_everything, set_rng_state
+from repro.sweep import sweep
 
 VOLATILE = ("seconds", "peak_rss_mb", "finished", "command", "environment")
 
@@ -161,7 +161,7 @@ def start_sweep(results: Path, lines: list[str], *, jobs: int = 2, pause: float 
 
     def body() -> int:
         os.environ["TINY_PAUSE"] = str(pause)
-        repro.cells.subprocess = SimpleNamespace(Popen=ForkedCell, DEVNULL=-3, STDOUT=-2)  # type: ignore[assignment]
+        repro.sweep.cell.subprocess = SimpleNamespace(Popen=ForkedCell, DEVNULL=-3, STDOUT=-2)  # type: ignore[assignment]
         reading, writing = os.pipe()
         os.write(writing, "".join(f"{line}\n" for line in lines).encode())
         os.close(writing)

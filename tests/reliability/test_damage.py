@@ -127,7 +127,7 @@ def test_mutated_checkpoints(tmp_path: Path, trials: Trials, tiny: Any, figures:
     shutil.copytree(tmp_path / "calm", stopped)
     (stopped / "record.json").unlink()
     with pytest.MonkeyPatch.context() as patch:  # a run that dies when it writes its record
-        patch.setattr("repro.run.Run.finish", lambda *args, **settings: (_ for _ in ()).throw(UserError("stop")))
+        patch.setattr("repro.run.run.Run.finish", lambda *args, **settings: (_ for _ in ()).throw(UserError("stop")))
         with pytest.raises(UserError, match="stop"):
             tiny.experiment(config)
     for number in range(PER_KIND):

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from repro import run as run_module
 from repro.errors import UserError
+from repro.run import run as run_module
 
 STEPS = 2
 PAST_THE_END = 77  # exit code of a run in which the fault would have come after the last write

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from repro.cells import read_cells
+from repro.sweep.cell import read_cells
 
 CELLS, STEPS, KILLS = 12, 24, 50
 PAUSE = 0.12  # seconds a step sleeps while there is killing: 12 cells would take 17 s, two at a time

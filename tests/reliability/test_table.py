@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from repro import reliability_table
 from repro.errors import UserError
+from repro.report import reliability_table
 
 
 def test_the_figures_become_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

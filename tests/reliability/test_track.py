@@ -9,7 +9,7 @@ import pytest
 from accelerate import tracking
 
 from repro.errors import UserError
-from repro.run import Run
+from repro.run.run import Run
 
 
 class Heard:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from dataclasses import dataclass
 from repro.config import parse_config
 from repro.errors import run_main
-from repro.run import Run
+from repro.run.run import Run
 
 @dataclass
 class Config:

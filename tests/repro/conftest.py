@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from repro import sweep
+from repro.sweep import sweep
 
 # Keeps a run folder as a real experiment does; `--do` tells what happens on the way. It counts its starts and its
 # finished runs in files beside itself. No torch: a process takes hundredths of a second.
@@ -80,7 +80,7 @@ def run_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def write_records(tmp_path: Path):
-    """Write records of one cell: one per metric value, seeds from 0, as repro.run would; returns their folder."""
+    """Write records of one cell: one per metric value, seeds from 0, as repro.run.run would; returns their folder."""
 
     def write(values, *, metric="test_accuracy", folder="runs", protocol="p", seeds=None, extra=None, **config):
         for index, value in enumerate(values):

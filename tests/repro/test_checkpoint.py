@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repro import checkpoint
-from repro.checkpoint import list_checkpoints, load_checkpoint, read_checkpoint, save_checkpoint, write_atomic
+from repro.checkpoint import list_checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
+from repro.files import write_atomic
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,

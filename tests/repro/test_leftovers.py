@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 from pathlib import Path
 
-from repro.cells import sweep_up
+from repro.sweep.cell import sweep_up
 
 
 def test_leftovers_go_unless_the_cell_is_being_run(tmp_path: Path) -> None:

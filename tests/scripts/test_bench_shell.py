@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from repro import figures, tables
+from repro.report import figures, tables
 
 
 @pytest.fixture
@@ -82,7 +82,12 @@ def test_table_3_runs_the_sweep_then_tables_and_figures_that_accept_their_argume
     write_graph_runs(results)
     done, calls = shell("scripts/reproduce_table3.sh", "--jobs", "1", RESULTS=str(results))
     assert done.returncode == 0, done.stderr
-    assert [call[1] for call in calls] == ["repro.sweep", "repro.tables", "repro.tables", "repro.figures"]
+    assert [call[1] for call in calls] == [
+        "repro.sweep",
+        "repro.report.tables",
+        "repro.report.tables",
+        "repro.report.figures",
+    ]
     assert calls[0][-2:] == ["--jobs", "1"]
     for call in calls[1:3]:
         tables.main(call[2:])
@@ -111,7 +116,7 @@ def test_figures_are_drawn_from_whatever_records_there_are(shell, tmp_path, monk
     write(results / "glue" / "runs" / "a", "BERT_glue", {"seed": 0}, {"score": 0.5})
     done, calls = shell("scripts/reproduce_figures.sh", RESULTS=str(results))
     assert done.returncode == 0, done.stderr
-    assert [call[1] for call in calls] == ["repro.figures"] * 3
+    assert [call[1] for call in calls] == ["repro.report.figures"] * 3
     for call in calls:
         figures.main(call[2:])
     assert sorted(str(p.relative_to(results)) for p in results.rglob("*.png")) == [

@@ -78,9 +78,9 @@ def test_sweep_covers_tasks_scales_and_seeds(
 def test_table_1_runs_both_sweeps_then_the_table(shell: Any, tmp_path: Path) -> None:
     results = tmp_path / "somewhere" / "runs"
     results.mkdir(parents=True)
-    (results.parent / "table1.md").write_text("made by repro.tables\n")
+    (results.parent / "table1.md").write_text("made by repro.report.tables\n")
     calls, lines = shell("scripts/reproduce_table1.sh", RESULTS=str(results), TASKS="rte", SCALES="vanilla 0.1")
-    assert [call.split()[1] for call in calls] == ["repro.sweep", "repro.sweep", "repro.tables"]
+    assert [call.split()[1] for call in calls] == ["repro.sweep", "repro.sweep", "repro.report.tables"]
     assert (
         "--preset table1" in calls[2] and f"--records {results}" in calls[2] and "--best scale --by score" in calls[2]
     )

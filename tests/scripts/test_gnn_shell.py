@@ -20,8 +20,9 @@ from gnn import train as training
 from gnn.config import CommandLine, Config
 from gnn.main import main
 from gnn.pyg import Data
-from repro import figures, sweep, tables
 from repro.config import parse_config
+from repro.report import figures, tables
+from repro.sweep import sweep
 
 NORMS = ("None", "LN", "PN", "PN-SI", "PN-SCS")
 
@@ -147,7 +148,7 @@ def test_table3_calls_what_exists(hear: Hear, root: Path, monkeypatch: pytest.Mo
     parsed: list[Any] = []
     for call in calls[1:]:
         words = shlex.split(call.replace("{data: ", "'{data: ").replace("}", "}'"))
-        module = {"repro.tables": tables, "repro.figures": figures}[words[1]]
+        module = {"repro.report.tables": tables, "repro.report.figures": figures}[words[1]]
         parsed.append(parse_config(module.Config, words[2:], prog=words[1]))
     assert [c.output for c in parsed] == ["/r/table3.md", "/r/table3_chosen.md", "/r/depth.png"]
     for flag in ("--dry-run", "--status"):
@@ -164,7 +165,7 @@ def test_from_lines_to_table_and_figures(
     capsys: pytest.CaptureFixture[str],
     one_small_graph: None,
 ) -> None:
-    """The folders and records that a sweep leaves are what repro.tables and repro.figures read."""
+    """The folders and records that a sweep leaves are what repro.report.tables and repro.report.figures read."""
     chosen = {"DATASETS": "digits", "DEPTHS": "2 4", "NORMS": "None PN CN", "SCALES": "0.2 1.0", "SEEDS": "0 1"}
     _, lines = hear("gnn/run_different_baselines.sh", **chosen, SEEDS_TOGETHER=together, FLAGS="--epochs 2 --probe")
     assert len(lines) == {"0": 24, "1": 12}[together]

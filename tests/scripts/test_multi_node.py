@@ -22,7 +22,7 @@ def test_a_node_joins_its_rendezvous_and_runs_the_module(tmp_path: Path, root: P
     environment = {**os.environ, **slurm, "PORT": str(port), "PYTHON": sys.executable, "PROCESSES": "2"}
     environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", str(root / "scripts/multi_node.sbatch"), "repro.readme", "--print_config"],
+        ["bash", str(root / "scripts/multi_node.sbatch"), "repro.report.readme", "--print_config"],
         env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -72,7 +72,7 @@ def test_table2(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None
         SCALES="vanilla 0.1",
     )
     assert calls[:4] == ["-m repro.sweep --results results/table2/runs --jobs 2 --cluster slurm --gpus 4"] * 4
-    assert [call.split()[1:4] for call in calls[4:]] == [["repro.tables", "--preset", "table2"]]
+    assert [call.split()[1:4] for call in calls[4:]] == [["repro.report.tables", "--preset", "table2"]]
     configs = [parse(words, root, monkeypatch) for words in lines]
     assert len(configs) == 4 * 3 * 2
     assert all(words[:3] == ["torchrun", "--standalone", "--nproc-per-node=4"] for words in lines)

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from repro.cells import Cell, read_cells, read_details
+from repro.sweep.cell import Cell, read_cells, read_details
 
 CELL = Path(__file__).with_name("cell.py")
 Until = Callable[[Callable[[], object], float, str], None]

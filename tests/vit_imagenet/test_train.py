@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from repro.errors import Interrupted, UserError, run_main
-from repro.run import Run
+from repro.run.run import Run
 from ViT_imagenet.curves import main as curves
 from ViT_imagenet.main import main
 

@@ -181,7 +181,7 @@ def read_cells(lines: Iterable[str], results: Path) -> tuple[list[Cell], int]:
 
 
 def is_summary(record: Any) -> bool:
-    """True for what `repro.group` writes above the runs of several seeds: it is no run, and must not count as one."""
+    """True for what `repro.run.group` writes above the runs of several seeds: it is no run of its own."""
     return isinstance(record, dict) and "runs" in record and "config" not in record
 
 

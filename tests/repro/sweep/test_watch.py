@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from repro.cells import read_cells
 from repro.errors import UserError
-from repro.watch import look, main, progress, render, told_seconds
+from repro.sweep.cell import read_cells
+from repro.sweep.watch import look, main, progress, render, told_seconds
 
 
 @pytest.fixture

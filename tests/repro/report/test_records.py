@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repro.errors import UserError
-from repro.records import comparable, find_records, load_records
-from repro.run import Run
+from repro.report.records import comparable, find_records, load_records
+from repro.run.run import Run
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-(2**53), 2**53)
 

@@ -30,10 +30,11 @@ import numpy as np
 import torch
 import yaml
 
-from repro.checkpoint import load_checkpoint, save_checkpoint, write_atomic
+from repro.checkpoint import load_checkpoint, save_checkpoint
 from repro.config import LOCATION_FIELDS, load_yaml, to_yaml
 from repro.errors import Interrupted, UserError
-from repro.track import NONE, Trackers
+from repro.files import write_atomic
+from repro.run.track import NONE, Trackers
 
 SCHEMA = 1
 _PACKAGES = ("torch", "numpy", "torch_geometric", "transformers", "datasets", "timm", "accelerate")
@@ -100,7 +101,7 @@ class Run:
         experiment: name of the sub-project, for the record.
         config: dataclass of all settings; with a field `seed`.
         main: False in the processes that only help (rank > 0): they read, and write nothing.
-        report_to: trackers that get every line of metrics too ("tensorboard", "wandb,mlflow", ...); see repro.track.
+        report_to: trackers that get every line of metrics too ("tensorboard", "wandb,mlflow", ...); see `track`.
 
     Raises:
         UserError: another process holds the folder, it belongs to a run with other settings, or it cannot be written.
@@ -288,7 +289,7 @@ class Run:
 
 def readable(argv: list[str]) -> list[str]:
     """The command line without the machine's own paths: a script's path becomes relative to the repository."""
-    root = str(Path(__file__).resolve().parent.parent) + os.sep
+    root = str(Path(__file__).resolve().parents[2]) + os.sep
     return [a.replace(root, "") for a in argv]
 
 

@@ -1,4 +1,4 @@
-"""Numbers from elsewhere (repro/paper.yaml): the authors' published ones, and the released code as it runs here."""
+"""Numbers from elsewhere (paper.yaml): the authors' published ones, and the released code as it runs here."""
 
 from __future__ import annotations
 

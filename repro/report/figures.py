@@ -1,6 +1,6 @@
 """Figures from records: a metric against depth, and the collapse metrics of every layer.
 
-Example: python -m repro.figures --records results/table3/runs --kind depth --output results/table3/depth.png
+Example: python -m repro.report.figures --records results/table3/runs --kind depth --output results/table3/depth.png
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import pandas as pd
 
 from repro.config import parse_config
 from repro.errors import UserError, run_main
-from repro.records import load_records
-from repro.tables import aggregate, label_order, names_in, prepare, text_of
+from repro.report.records import load_records
+from repro.report.tables import aggregate, label_order, names_in, prepare, text_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend first: no display is needed)
@@ -191,7 +191,7 @@ def _undated(output: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    config = parse_config(Config, argv, prog="python -m repro.figures", description=__doc__ or "")
+    config = parse_config(Config, argv, prog="python -m repro.report.figures", description=__doc__ or "")
     for path in draw(config):
         print(f"wrote {path}", file=sys.stderr)
 

@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repro import cells, sweep
-from repro.cells import make_cell, read_cells, slug, status
 from repro.errors import UserError
+from repro.sweep import cell as cells
+from repro.sweep import sweep
+from repro.sweep.cell import make_cell, read_cells, slug, status
 
 
 def start(lines, results, *flags, cluster="none"):

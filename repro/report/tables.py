@@ -1,6 +1,6 @@
 """Records become tables: mean ± std (n) of every cell, and beside them the published numbers and the reference code's.
 
-Example: python -m repro.tables --preset table3 --records results/table3/runs
+Example: python -m repro.report.tables --preset table3 --records results/table3/runs
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, Literal
 import pandas as pd
 from scipy.stats import ttest_ind_from_stats
 
-from repro.checkpoint import write_atomic
 from repro.config import LOCATION_FIELDS, parse_config
 from repro.errors import UserError, run_main
-from repro.published import PAPER, Entry, load_entries
-from repro.records import load_records
+from repro.files import write_atomic
+from repro.report.published import PAPER, Entry, load_entries
+from repro.report.records import load_records
 
 # Fields that do not change what a run computes, up to rounding: they may differ inside a cell.
 HOW_FIELDS = (
@@ -425,7 +425,7 @@ def label_order(cells: pd.DataFrame, label: str) -> list[Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    config = parse_config(Config, argv, prog="python -m repro.tables", description=__doc__ or "")
+    config = parse_config(Config, argv, prog="python -m repro.report.tables", description=__doc__ or "")
     preset = PRESETS.get(config.preset or "", {})
     given: dict[str, Any] = {k: v if getattr(config, k) is None else getattr(config, k) for k, v in preset.items()}
     config = dataclasses.replace(config, **given)

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 
-from contranorm.edges import entry_rows, is_symmetric
+from contranorm.kernels.edges import entry_rows, is_symmetric
 
 # Edge of a tile: the two float32 tiles of the backward fill the second-level caches of two to four cores
 # (benchmarks/layer.py --tiles measures other edges).

@@ -1,4 +1,4 @@
-"""Watch a sweep from another terminal: `python -m repro.watch RESULTS` shows its cells, their progress and time left.
+"""Watch a sweep from another terminal: `python -m repro.sweep.watch RESULTS` shows its cells and the time left.
 
 Everything is read from the run folders, so it works on any machine that sees them, while the sweep runs anywhere;
 where there is a SLURM queue, it is asked as well.
@@ -19,11 +19,11 @@ from pathlib import Path
 
 import yaml
 
-from repro.cells import Cell, Status, last_line
 from repro.config import parse_config
 from repro.errors import UserError, run_main
-from repro.launch import ledger_path, queue_states, queue_status, read_ledger
-from repro.sweep import LOST, known_cells
+from repro.sweep.cell import Cell, Status, last_line
+from repro.sweep.launch import ledger_path, queue_states, queue_status, read_ledger
+from repro.sweep.sweep import LOST, known_cells
 
 ORDER = ("running", "failed", "cancelled", "interrupted", "waiting", "done")
 LENGTH_FIELDS = ("epochs", "num_train_epochs")  # the config fields that say how long a run is
@@ -49,7 +49,7 @@ class Config:
 def progress(folder: Path) -> float | None:
     """How far a run is, 0 to 1, from the last epoch in metrics.jsonl; None when its length is not known.
 
-    Of several seeds in one folder (repro.group): the mean over the seeds, those that have not begun being at 0.
+    Of several seeds in one folder (repro.run.group): the mean over the seeds, those that have not begun being at 0.
     """
     try:
         config = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     if words and not words[0].startswith("-"):
         words = ["--results", *words]
-    config = parse_config(Config, words, prog="python -m repro.watch", description=__doc__ or "")
+    config = parse_config(Config, words, prog="python -m repro.sweep.watch", description=__doc__ or "")
     folder = Path(config.results)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")

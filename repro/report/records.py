@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from repro.cells import is_summary
 from repro.config import LOCATION_FIELDS
 from repro.errors import UserError
+from repro.sweep.cell import is_summary
 
 REQUIRED = ("experiment", "protocol", "selection", "metrics", "config")
 # What differs between two runs of the same cell that computed the same numbers.

@@ -12,17 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from repro import published, tables
 from repro.errors import UserError
-from repro.records import load_records
-from repro.tables import Config, aggregate, build, p_value, prepare
+from repro.report import published, tables
+from repro.report.records import load_records
+from repro.report.tables import Config, aggregate, build, p_value, prepare
 
 GNN = {"model": "DeepGCN", "hid": 32, "epochs": 200}
 
 
 @pytest.fixture
 def table(capsys):
-    """What `python -m repro.tables` prints, as text."""
+    """What `python -m repro.report.tables` prints, as text."""
 
     def run(records, *flags, rows="data", metric="test_accuracy"):
         given = ["--rows", rows, "--metric", metric] if rows else []

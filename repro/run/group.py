@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from repro.errors import Interrupted, UserError
-from repro.run import SCHEMA, Run, environment, plain, readable
+from repro.run.run import SCHEMA, Run, environment, plain, readable
 
 SHARED = ("experiment", "protocol", "selection", "parameters")  # the same in every run of a cell
 

@@ -17,10 +17,10 @@ from typing import Any, Literal, get_args
 
 from tqdm import tqdm
 
-from repro.cells import Cell, State, Status, is_held, last_line, read_cells, status, sweep_up
 from repro.config import parse_config
 from repro.errors import Interrupted, UserError, run_main
-from repro.launch import (
+from repro.sweep.cell import Cell, State, Status, is_held, last_line, read_cells, status, sweep_up
+from repro.sweep.launch import (
     ChildLauncher,
     Launcher,
     LocalLauncher,
@@ -202,7 +202,7 @@ def show(cells: list[Cell], results: Path) -> None:
 
 
 def _remember(folder: Path, cells: list[Cell]) -> None:
-    """Keep the lines in DIR/sweep.txt, for `--status` and repro.watch; another sweep may add its own."""
+    """Keep the lines in DIR/sweep.txt, for `--status` and repro.sweep.watch; another sweep may add its own."""
     path = folder / PLAN
     known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
     new = [cell.line for cell in cells if cell.line not in known]

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from repro.errors import UserError
-from repro.published import KINDS, PAPER, Entry, load_entries
+from repro.report.published import KINDS, PAPER, Entry, load_entries
 
 ENTRY = {
     "table": "t", "kind": "published", "source": "s", "match": {"data": "cora"}, "metric": "test_accuracy", "mean": 0.5,

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from repro import checkpoint
-from repro import run as run_module
 from repro.errors import Interrupted, UserError, run_main
-from repro.records import comparable, load_records
-from repro.run import Run
+from repro.report.records import comparable, load_records
+from repro.run import run as run_module
+from repro.run.run import Run
 
 
 @dataclass

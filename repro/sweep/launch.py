@@ -1,6 +1,6 @@
 """Three ways to run the cells of a sweep: child processes, submitit on this machine, submitit on a SLURM cluster.
 
-A launcher starts cells and says whether a try is over; how it ended is read from the cell's folder (repro.cells).
+A launcher starts cells and says whether a try is over; how it ended is read from the cell's folder (repro.sweep.cell).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from repro.cells import Cell, CellRunner, Status, is_done, is_held, status
 from repro.errors import UserError
+from repro.sweep.cell import Cell, CellRunner, Status, is_done, is_held, status
 
 STOP_SECONDS = 60  # a stopped cell may save that long before it is killed
 ARRAY_LIMIT = 1000  # SLURM's default MaxArraySize, less one

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contranorm.blocked import blocked
-from contranorm.edges import entry_rows
-from contranorm.fused import fused
-from contranorm.linear import linear
+from contranorm.kernels.blocked import blocked as blocked_contrast
+from contranorm.kernels.edges import entry_rows
+from contranorm.kernels.fused import fused as fused_contrast
+from contranorm.kernels.linear import linear as linear_contrast
 
 TOKEN_KERNELS = ("plain", "fused", "blocked", "sdpa", "linear")
 # Number of rows from which the blocked form is the faster exact one, with excluded pairs ("graph") and without ("set"):
@@ -48,10 +48,12 @@ def token_contrast(
 
         def one_sample(unit: Tensor, values: Tensor, exclude: Tensor | None) -> Tensor:
             if implementation == "linear":
-                approximate = linear(unit, values, tau=tau, symmetric=symmetric, exclude=exclude, degree=degree)
+                approximate = linear_contrast(
+                    unit, values, tau=tau, symmetric=symmetric, exclude=exclude, degree=degree
+                )
                 if approximate is not None:
                     return approximate
-            return blocked(unit, values, tau=tau, symmetric=symmetric, exclude=exclude, dtype=dtype)
+            return blocked_contrast(unit, values, tau=tau, symmetric=symmetric, exclude=exclude, dtype=dtype)
 
         parts = []
         for index in range(unit.shape[0]):  # one sample at a time: a tile is larger than most sequences
@@ -64,7 +66,7 @@ def fused_step(x: Tensor, *, own: float, scale: float, tau: float, keep: Tensor 
     """own·x - scale·A x in one function; rows that `keep` leaves out stay as they are. (B, N, D) → (B, N, D)."""
     dtype = product_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        return fused(x, own=own, scale=scale, tau=tau, keep=keep, dtype=dtype)
+        return fused_contrast(x, own=own, scale=scale, tau=tau, keep=keep, dtype=dtype)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

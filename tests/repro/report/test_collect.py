@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from repro import collect
 from repro.errors import UserError
-from repro.records import load_records
+from repro.report import collect
+from repro.report.records import load_records
 
 
 def test_one_file_reads_like_the_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

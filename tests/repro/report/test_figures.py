@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from repro import figures
 from repro.errors import UserError
-from repro.figures import COLLAPSE, Config, _style, draw, draw_collapse, draw_depth
-from repro.records import load_records
-from repro.tables import prepare
+from repro.report import figures
+from repro.report.figures import COLLAPSE, Config, _style, draw, draw_collapse, draw_depth
+from repro.report.records import load_records
+from repro.report.tables import prepare
 
 PNG = b"\x89PNG\r\n"
 

@@ -1,7 +1,7 @@
 """The README's table of reliability figures, from what the tests measured.
 
 RELIABILITY_FIGURES=results/reliability/figures.json python -m pytest tests/reliability
-python -m repro.reliability_table
+python -m repro.report.reliability_table
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table as Markdown."""
-    config = parse_config(Config, argv, prog="python -m repro.reliability_table", description=__doc__ or "")
+    config = parse_config(Config, argv, prog="python -m repro.report.reliability_table", description=__doc__ or "")
     path = Path(config.figures)
     try:
         found = rows(json.loads(path.read_text(encoding="utf-8")))

@@ -38,8 +38,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from contranorm.blocked import ratio
-from contranorm.edges import Edges, edges_of
+from contranorm.kernels.blocked import ratio
+from contranorm.kernels.edges import Edges, edges_of
 
 # Largest mean of b (see above) for which the polynomial is used; above it the exact form answers, with a warning.
 MAX_ERROR = 0.1

@@ -1,4 +1,4 @@
-"""Gathers a sweep's records in one file to commit: `python -m repro.collect --records RUNS --output FILE.jsonl`."""
+"""Gather a sweep's records in one file: `python -m repro.report.collect --records RUNS --output FILE.jsonl`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from repro.checkpoint import write_atomic
 from repro.config import parse_config
 from repro.errors import run_main
-from repro.records import iterate_records
+from repro.files import write_atomic
+from repro.report.records import iterate_records
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Config:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    config = parse_config(Config, argv, prog="python -m repro.collect", description=__doc__ or "")
+    config = parse_config(Config, argv, prog="python -m repro.report.collect", description=__doc__ or "")
     records = [record for _, record in iterate_records([config.records])]
     records.sort(key=lambda record: str(record.get("command", "")))
     lines = [json.dumps(record) for record in records]

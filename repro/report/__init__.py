@@ -1,0 +1,1 @@
+"""From records to what people read: tables, figures, pages. Knows no model and imports no torch."""

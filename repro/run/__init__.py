@@ -1,0 +1,1 @@
+"""One run: its folder, its trackers, and the stop that its processes agree on."""
