@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jsonargparse
 import yaml
@@ -34,6 +34,51 @@ def default_data_root() -> str:
     return os.environ.get("CONTRANORM_DATA", "data")
 
 
+@dataclasses.dataclass(frozen=True)
+class CellLabel:
+    """Where a run stands in tables and figures, in words that are the same for every experiment.
+
+    Attributes:
+        data: data set or task.
+        model: architecture or checkpoint.
+        method: what is compared: "vanilla", "ContraNorm s=1 + LayerNorm", "PairNorm", ...
+        order: sort key of the method among the others of a table; vanilla is (0,).
+        depth: number of layers, where it is varied or chosen.
+        scale: the method's strength, where it has one.
+    """
+
+    data: str
+    model: str
+    method: str
+    order: tuple[float, ...] = (0,)
+    depth: int | None = None
+    scale: float | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunConfig:
+    """What the settings of every experiment have in common; a sub-class adds its own and says where it stands."""
+
+    EXECUTION_FIELDS: ClassVar[tuple[str, ...]] = ("output_dir", "data_root", "report_to")
+    """Fields that say how a run is computed, not what: runs that differ in them alone share a table's cell."""
+
+    output_dir: str
+    """Folder of this run: args.yaml, metrics.jsonl, record.json. Re-running the command resumes it."""
+
+    seed: int = 0
+    """Seed of everything that is drawn; the same seed gives the same number on the same processor."""
+
+    data_root: str = dataclasses.field(default_factory=default_data_root)
+    """Folder that holds all data sets, read first and never written; default $CONTRANORM_DATA, else data/."""
+
+    report_to: str = "none"
+    """Also log to tensorboard, wandb, trackio or mlflow, whichever is installed; metrics.jsonl is always written."""
+
+    def label(self) -> CellLabel:
+        """The cell of a table that this run belongs to."""
+        raise NotImplementedError
+
+
 def _help_of(cls: type) -> dict[str, str]:
     """Field name → the string literal under the field, which says why its default is what it is."""
     bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]  # a field keeps its base's text
@@ -49,9 +94,9 @@ def _is_bool(hint: object) -> bool:
 def build_parser(cls: type, *, prog: str, description: str = "") -> jsonargparse.ArgumentParser:
     """A parser with one flag per field of dataclass `cls`.
 
-    Every flag can be written with dashes or underscores (`--batch-size`, `--batch_size`); a YAML key is the field's
-    name. A bool is a switch: `--flag` / `--no_flag`, or `--flag=false`. `--config FILE` reads YAML defaults,
-    `--print_config` prints the resulting YAML.
+    Every flag can be written with dashes or underscores (`--batch-size`, `--batch_size`), and by the names in its
+    field's metadata "aliases"; a YAML key is the field's name. A bool is a switch: `--flag` / `--no_flag`, or
+    `--flag=false`. `--config FILE` reads YAML defaults, `--print_config` prints the resulting YAML.
     """
     parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of defaults; flags on the command line win")
@@ -62,7 +107,8 @@ def build_parser(cls: type, *, prog: str, description: str = "") -> jsonargparse
             default: Any = field.default_factory()
         else:
             default = field.default
-        names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
+        spellings = [field.name, *field.metadata.get("aliases", ())]
+        names = dict.fromkeys(f"--{s}" for name in spellings for s in (name, name.replace("_", "-")))
         text = texts.get(field.name, "")
         if _is_bool(hints[field.name]):
             text += f" [switch: --{field.name} or --no_{field.name}]"
@@ -77,7 +123,9 @@ def build_parser(cls: type, *, prog: str, description: str = "") -> jsonargparse
 
 def _expand_switches(cls: type, argv: Sequence[str]) -> list[str]:
     """Write `--flag` as `--flag=true` and `--no_flag` as `--flag=false`, and put `--config` first so that flags win."""
-    bools = {f.name for f in dataclasses.fields(cls) if _is_bool(typing.get_type_hints(cls)[f.name])}
+    hints = typing.get_type_hints(cls)
+    switches = [f for f in dataclasses.fields(cls) if _is_bool(hints[f.name])]
+    bools = {name: f.name for f in switches for name in (f.name, *f.metadata.get("aliases", ()))}
     configs: list[str] = []
     rest: list[str] = []
     tokens = list(argv)
@@ -90,9 +138,9 @@ def _expand_switches(cls: type, argv: Sequence[str]) -> list[str]:
             configs.append(token)
         elif token.startswith("--") and name in bools:
             literal = tokens and tokens[0].lower() in ("true", "false")
-            rest.append(f"--{name}={tokens.pop(0).lower() if literal else 'true'}")
+            rest.append(f"--{bools[name]}={tokens.pop(0).lower() if literal else 'true'}")
         elif token.startswith(("--no_", "--no-")) and name.removeprefix("no_") in bools:
-            rest.append(f"--{name.removeprefix('no_')}=false")
+            rest.append(f"--{bools[name.removeprefix('no_')]}=false")
         else:
             rest.append(token)
     return configs + rest

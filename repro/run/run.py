@@ -36,7 +36,7 @@ from repro.errors import Interrupted, UserError
 from repro.files import write_atomic
 from repro.run.track import NONE, Trackers
 
-SCHEMA = 1
+SCHEMA = 2
 _PACKAGES = ("torch", "numpy", "torch_geometric", "transformers", "datasets", "timm", "accelerate")
 
 
@@ -264,6 +264,8 @@ class Run:
         record = {
             "schema": SCHEMA,
             "experiment": self.experiment,
+            "cell": plain(self.config.label()) if hasattr(self.config, "label") else None,
+            "execution_fields": list(getattr(self.config, "EXECUTION_FIELDS", LOCATION_FIELDS)),
             "protocol": protocol,
             "selection": selection,
             "metrics": plain(metrics),

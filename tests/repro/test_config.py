@@ -185,3 +185,20 @@ def test_help_says_what_each_field_is_for(capsys):
     told = capsys.readouterr().out
     assert "[switch: --shuffle or --no_shuffle]" in " ".join(told.split())
     assert "Says hello." in told and "which model; gcn is the paper's" in told and "--batch_size" in told
+
+
+@dataclass(kw_only=True)
+class Aliased:
+    tau: float = field(default=1.0, metadata={"aliases": ("temp",)})
+    """Temperature."""
+    symmetric: bool = field(default=False, metadata={"aliases": ("dual_norm",)})
+    """Both terms."""
+
+
+@pytest.mark.parametrize("argv", ["--tau 2 --symmetric", "--temp 2 --dual-norm", "--temp=2 --dual_norm=true"])
+def test_a_flag_goes_by_each_of_its_names(argv: str) -> None:
+    assert parse_config(Aliased, argv.split(), prog="p") == Aliased(tau=2.0, symmetric=True)
+
+
+def test_a_switch_can_be_turned_off_by_its_alias() -> None:
+    assert parse_config(Aliased, ["--dual-norm", "--no_dual_norm"], prog="p") == Aliased()
