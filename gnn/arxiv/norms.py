@@ -38,9 +38,10 @@ class Form:
 
     @property
     def invertible(self) -> bool:
-        """Whether x can be had back from y to rounding: Eq. 6's M may be singular, and unit rows have lost their length.
+        """Whether x can be had back from y up to rounding.
 
-        (Multiplying them by a stored length is no cure: it multiplies the rounding errors too, layer after layer.)
+        Eq. 6's M may be singular. Rows at unit length could be multiplied by their stored lengths, but so would be
+        their rounding errors, layer after layer.
         """
         return self.identity and not self.pre_norm
 
@@ -120,7 +121,7 @@ class FeatureContraNorm(nn.Module):
         identity: (1+s)·x - s·x·A in place of x - s·x·A.
         pre_norm: rows of unit length in place of x everywhere.
         centre: subtract each node's mean over its columns first.
-        reversible: in training, free the input until the backward pass, where the form can be inverted; nothing else may
+        reversible: in training, free the input until the backward pass, if the form is invertible; nothing else may
             read it in between.
     """
 
