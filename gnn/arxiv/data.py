@@ -121,10 +121,10 @@ def load_arxiv(data_root: Path) -> Graph:
         )
     indices = [torch.from_numpy(a).flatten() for a in _tables(folder / "split" / "time", PARTS)]
     for part, nodes, count in zip(PARTS, indices, ARXIV.split, strict=True):
-        _expect(nodes.shape == (count,), f"{count} nodes in {part}", nodes, folder)
+        _expect(len(nodes.unique()) == len(nodes) == count, f"{count} different nodes in {part}", nodes, folder)
         if not 0 <= int(nodes.min()) <= int(nodes.max()) < ARXIV.nodes:
             raise UserError(f"{folder}: {part} names a missing node: fetch the original again")
-    train, validation, test = (_mask(nodes, ARXIV.nodes) for nodes in indices)
+    train, validation, test = (_mask(nodes.long(), ARXIV.nodes) for nodes in indices)
     data = Data(x=x.float(), y=y.flatten().long(), edge_index=edges.long())
     data.train_mask, data.val_mask, data.test_mask = train, validation, test
     return as_graph("ogbn-arxiv", data)
@@ -175,8 +175,10 @@ def _read_processed(path: Path) -> tuple[Tensor, Tensor, Tensor]:
     from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
     from torch_geometric.data.storage import GlobalStorage
 
+    known = torch.serialization.get_safe_globals()  # the context below would forget those of them that PyG has named
+    classes = [c for c in (Data, DataEdgeAttr, DataTensorAttr, GlobalStorage) if c not in known]
     try:
-        with torch.serialization.safe_globals([Data, DataEdgeAttr, DataTensorAttr, GlobalStorage]):
+        with torch.serialization.safe_globals(classes):
             data, *_ = torch.load(path, weights_only=True)
         return data.edge_index, data.x, data.y
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, AttributeError, TypeError) as error:
