@@ -21,7 +21,9 @@ from gnn.models import Adjacency, dropout
 from gnn.sparse import Pattern, Sparse
 
 SLOPE = 0.2  # of the scores' LeakyReLU
-MAX_SPREAD = 60.0  # of a head's scores: exp of the lowest then still is a normal float32 number beside the highest
+# How far a head's scores may be apart: exp of the highest and lowest, taken about their middle, is then 1e26 and 1e-26,
+# which leaves room in float32 for features and sums over neighbours. Networks of ten layers are beyond it at the start.
+MAX_SPREAD = {torch.float32: 120.0, torch.float64: 1200.0}
 
 
 class LayerGraph:
@@ -85,7 +87,8 @@ class GraphAttention(nn.Module):
 
         out_i = Σ_j w_j f_j / Σ_j w_j.
 
-    Otherwise, or where the scores of a head are so far apart that w would underflow, it is computed edge by edge.
+    Where the scores of a head are too far apart for float32 that product is taken in float64. With destination
+    attention it is computed edge by edge.
 
     Args:
         inputs: F.
@@ -113,8 +116,10 @@ class GraphAttention(nn.Module):
         if self.use_norm:
             f = f / degree
         source = (f * self.attention_source).sum(dim=-1)  # (N, H)
-        if target is None and self._spread(source) <= MAX_SPREAD:
-            out = self.by_source(f, source, graph)
+        spread = self._spread(source)
+        wide_enough = [dtype for dtype in (f.dtype, torch.float64) if spread <= MAX_SPREAD[dtype]]
+        if target is None and wide_enough:
+            out = self.by_source(f, source, graph, wide_enough[0])
         else:
             out = self.by_edge(f, source, target, graph)
         if self.use_norm:
@@ -128,14 +133,15 @@ class GraphAttention(nn.Module):
         scores = F.leaky_relu(source, SLOPE)
         return float((scores.amax(dim=0) - scores.amin(dim=0)).max())
 
-    def by_source(self, f: Tensor, source: Tensor, graph: LayerGraph) -> Tensor:
-        """Attention by one sparse product; f (N, H, O) and the scores of the sources (N, H) → (N, H, O)."""
-        scores = F.leaky_relu(source, SLOPE)
-        w = (scores - scores.detach().amax(dim=0)).exp()
+    def by_source(self, f: Tensor, source: Tensor, graph: LayerGraph, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Attention by one sparse product in `dtype`; f (N, H, O), scores of the sources (N, H) → (N, H, O)."""
+        scores = F.leaky_relu(source, SLOPE).to(dtype)
+        middle = torch.stack(scores.detach().aminmax(dim=0)).mean(dim=0)
+        w = (scores - middle).exp()
         both = torch.cat([(f * w.unsqueeze(-1)).flatten(start_dim=1), w], dim=1)  # (N, H·O + H)
-        total, weight = (graph.matrix(f.dtype) @ both).split([self.heads * self.width, self.heads], dim=1)
+        total, weight = (graph.matrix(dtype) @ both).split([self.heads * self.width, self.heads], dim=1)
         weight = weight.masked_fill(weight == 0, 1.0)  # a node without in-edges gets 0
-        return total.reshape(f.shape) / weight.unsqueeze(-1)
+        return (total.reshape(f.shape) / weight.unsqueeze(-1)).to(f.dtype)
 
     def by_edge(self, f: Tensor, source: Tensor, target: Tensor | None, graph: LayerGraph) -> Tensor:
         """Attention along the edges, head by head; f (N, H, O), scores (N, H) → (N, H, O)."""

@@ -18,6 +18,7 @@ from gnn.sparse import Sparse
 
 Make = Callable[..., Config]
 NODES, INPUTS, CLASSES = 60, 8, 3
+BY_EDGE = {torch.float32: -1.0, torch.float64: -1.0}  # no spread is that small
 
 
 @pytest.fixture(autouse=True)
@@ -72,22 +73,29 @@ def test_sparse_product_and_edges_agree(
     conv, graph = attention(use_norm=use_norm), whole(adjacency, drop)
     x, weight = torch.randn(NODES, INPUTS, requires_grad=True), torch.randn(NODES, 15)
     results = []
-    for spread in (models.MAX_SPREAD, -1.0):  # below every spread: edge by edge
-        monkeypatch.setattr(models, "MAX_SPREAD", spread)
+    for limits in (models.MAX_SPREAD, BY_EDGE):
+        monkeypatch.setattr(models, "MAX_SPREAD", limits)
         out = conv([x], graph)
         results.append([out, *torch.autograd.grad((out * weight).sum(), [x, *conv.parameters()])])
     for by_source, by_edge in zip(*results, strict=True):
         torch.testing.assert_close(by_source, by_edge, rtol=1e-13, atol=1e-13)
 
 
-def test_far_apart_scores_are_computed_along_the_edges(adjacency: Adjacency) -> None:
-    """exp of the lowest score would be 0 beside the highest: a node that sees only low ones would lose them."""
-    conv = attention(use_norm=False)
-    x = torch.randn(NODES, INPUTS)
-    x[0] *= 1e5
-    out = conv([x], whole(adjacency))
-    isolated = conv.weight @ x[-1] + conv.residual @ x[-1]  # it sees itself alone
-    torch.testing.assert_close(out[-1], isolated)
+@pytest.mark.parametrize("spread", [1.0, 110.0, 200.0, 2000.0])  # in float32, float32, float64, edge by edge
+def test_far_apart_scores(spread: float, adjacency: Adjacency, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far apart the scores are, a node that sees only low ones does not lose them."""
+    conv, graph = attention(use_norm=False).float(), whole(adjacency)
+    x = torch.randn(NODES, INPUTS, dtype=torch.float32, requires_grad=True)
+    with torch.no_grad():
+        f = (x @ conv.weight.T).view(NODES, 3, 5)
+        conv.attention_source *= spread / conv._spread((f * conv.attention_source).sum(-1))
+    results = []
+    for limits in (models.MAX_SPREAD, BY_EDGE):
+        monkeypatch.setattr(models, "MAX_SPREAD", limits)
+        out = conv([x], graph)
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), [x, *conv.parameters()])])
+    for by_source, by_edge in zip(*results, strict=True):
+        assert float((by_source - by_edge).norm() / by_edge.norm()) < 1e-4
 
 
 @pytest.mark.parametrize("attn_dst", [False, True])
