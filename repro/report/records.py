@@ -12,7 +12,6 @@ import pandas as pd
 
 from repro.config import LOCATION_FIELDS
 from repro.errors import UserError
-from repro.sweep.cell import is_summary
 
 REQUIRED = ("experiment", "protocol", "selection", "metrics", "config")
 # What differs between two runs of the same cell that computed the same numbers.
@@ -77,8 +76,7 @@ def iterate_records(places: Iterable[str | Path]) -> Iterator[tuple[str, dict[st
                 record = json.loads(part)
             except ValueError as error:
                 raise UserError(f"{where}: damaged record: {error}") from error
-            if not is_summary(record):
-                yield where, check_record(record, where)
+            yield where, check_record(record, where)
 
 
 def load_records(places: str | Path | Sequence[str | Path]) -> pd.DataFrame:

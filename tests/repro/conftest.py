@@ -71,7 +71,7 @@ def experiment(tmp_path: Path) -> Experiment:
 def run_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Run a sweep over lines in this process; returns its exit code."""
 
-    def run(lines: list[str], *flags: str, cluster: str = "none") -> int:
+    def run(lines: list[str], *flags: str, cluster: str = "local") -> int:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         return sweep.main(["--results", str(tmp_path / "results"), "--cluster", cluster, *flags])
 
