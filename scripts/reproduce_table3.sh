@@ -15,6 +15,6 @@ for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) e
 if [ "$status" -gt 1 ]; then exit "$status"; fi # 1: some cells failed, and the rest make a table
 "$PYTHON" -m repro.report.tables --preset table3 --records "$RESULTS" --output "$folder/table3.md"
 "$PYTHON" -m repro.report.tables --preset table3 --records "$RESULTS" --output "$folder/table3_chosen.md" \
-    --rows data,norm_mode,use_layer_norm --best norm_scale --by validation_accuracy
+    --best scale --by validation_accuracy
 "$PYTHON" -m repro.report.figures --records "$RESULTS" --kind depth --each data --output "$folder/depth.png"
 exit "$status"

@@ -96,7 +96,7 @@ def test_table_3_runs_the_sweep_then_tables_and_figures_that_accept_their_argume
         "depth-cora.png", "depth-texas.png", "runs", "table3.md", "table3_chosen.md"
     ]  # fmt: skip
     assert (
-        "norm_scale chosen per cell by the highest mean validation_accuracy"
+        "scale chosen per cell by the highest mean validation_accuracy"
         in (results.parent / "table3_chosen.md").read_text()
     )
     for flag in ("--dry-run", "--status"):
