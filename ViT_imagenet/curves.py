@@ -70,9 +70,7 @@ def table(records: dict[str, Any]) -> pd.DataFrame:
     for name, record in records.items():
         row = {
             "run": name,
-            "norm": "LayerNorm"
-            if record["config"]["norm"] == "layer"
-            else f"ContraNorm, s = {record['config']['scale']}",
+            "method": record["cell"]["method"],
             "test accuracy": f"{record['metrics']['test_accuracy']:.4f}",
             "images/s (wall)": f"{record['images_per_second']:.0f}",
             "images per processor second": f"{record['images_per_processor_second']:.0f}",
@@ -80,15 +78,14 @@ def table(records: dict[str, Any]) -> pd.DataFrame:
             "wall seconds": f"{record['seconds']:.0f}",
         }
         if "collapse" in record:
-            last = record["collapse"][-1]
-            row["mean cosine, last block"] = f"{last['mean_cosine']:.3f}"
-            row["effective rank, last block"] = f"{last['effective_rank']:.1f}"
+            row["mean cosine, last block"] = f"{record['collapse']['mean_cosine'][-1]:.3f}"
+            row["effective rank, last block"] = f"{record['collapse']['effective_rank'][-1]:.1f}"
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def note(records: dict[str, Any]) -> str:
-    """The Markdown note; one seed each, so it says what that is worth."""
+    """The Markdown note; it says what a single seed is worth."""
     frame = table(records)
     lines = ["| " + " | ".join(frame.columns) + " |", "|" + "---|" * len(frame.columns)]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in frame.itertuples(index=False)]

@@ -24,7 +24,8 @@ class ContraNorm(nn.LayerNorm):
         pre_norm: unit rows in place of x.
         learnable: train one step per feature, starting from `scale`.
         positive: with `learnable`, train its logarithm so that the step stays > 0.
-        implementation: "auto", "plain", "fused", "blocked", "sdpa" or "linear" (of degree 2), see `contra_norm`.
+        implementation: "auto", "plain", "fused", "blocked", "sdpa" or "linear", see `contra_norm`.
+        degree: of "linear".
         eps: LayerNorm's epsilon.
         elementwise_affine: LayerNorm's weight and bias.
         bias: LayerNorm's bias.
@@ -48,6 +49,7 @@ class ContraNorm(nn.LayerNorm):
         learnable: bool = False,
         positive: bool = False,
         implementation: Implementation = "auto",
+        degree: int = 2,
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
@@ -65,6 +67,7 @@ class ContraNorm(nn.LayerNorm):
         self.learnable = learnable
         self.positive = positive
         self.implementation: Implementation = implementation
+        self.degree = degree
         super().__init__(dim, eps, elementwise_affine, bias=bias, device=device, dtype=dtype)
         if learnable:
             self.step = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
@@ -110,6 +113,7 @@ class ContraNorm(nn.LayerNorm):
             pre_norm=self.pre_norm,
             mask=mask,
             implementation=self.implementation,
+            degree=self.degree,
         )
         return super().forward(x)
 

@@ -166,10 +166,9 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None, *, prog: str, 
     except _UNREADABLE as error:
         raise UserError(f"{prog}: {_short(str(error))} (see {prog} --help)") from error
     values = {f.name: namespace[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name, hint in typing.get_type_hints(cls).items():
-        if values.get(name) is None and type(None) not in typing.get_args(
-            hint
-        ):  # the parser takes null for "not given"
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        if value is None and type(None) not in typing.get_args(hints[name]):  # the parser takes null for "not given"
             raise UserError(f"{prog}: {name} has no value (null): give one, or leave the line out")
     try:
         return cls(**values)

@@ -34,7 +34,7 @@ from repro.checkpoint import load_checkpoint, save_checkpoint
 from repro.config import LOCATION_FIELDS, load_yaml, to_yaml
 from repro.errors import Interrupted, UserError
 from repro.files import write_atomic
-from repro.run.track import NONE, Trackers
+from repro.run.track import NONE, Trackers, any_process
 
 SCHEMA = 2
 _PACKAGES = ("torch", "numpy", "torch_geometric", "transformers", "datasets", "timm", "accelerate")
@@ -209,6 +209,12 @@ class Run:
     def stop_signal(self) -> int | None:
         """The signal that asked for it."""
         return self._stop_signal
+
+    def agree_to_stop(self) -> bool:
+        """True on every process when any was asked to stop; `checkpoint` then leaves on all. Collective."""
+        if any_process(self.stop_requested) and self._stop_signal is None:
+            self._stop_signal = signal.SIGTERM
+        return self.stop_requested
 
     def log(self, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

@@ -6,6 +6,7 @@ metrics.jsonl is written in any case; no tracker is a dependency, and nothing he
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,20 @@ from repro.errors import UserError
 
 NONE = "none"
 STEP_NAMES = ("step", "epoch")  # the first of these in a line of metrics is its place on the tracker's axis
+
+
+def any_process(flag: bool) -> bool:
+    """True when `flag` is, on any of the processes that train together. Collective."""
+    if "torch" not in sys.modules:
+        return flag
+    import torch
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return flag
+    value = torch.tensor(float(flag), device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+    distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
+    return bool(value)
 
 
 class Trackers:
