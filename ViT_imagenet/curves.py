@@ -6,7 +6,6 @@ the note comes from the records.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from matplotlib import pyplot as plt
 from repro.config import parse_config
 from repro.errors import UserError, run_main
 from repro.files import write_atomic
+from repro.report.records import iterate_records
 
 
 @dataclass
@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the note."""
     config = parse_config(Config, argv, prog="ViT_imagenet.curves", description=str(__doc__))
     folder = Path(config.runs)
-    records = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/record.json"))}
-    if not records:
+    if not any(folder.glob("*/record.json")):
         raise UserError(f"--runs {folder}: no */record.json there")
+    records = {Path(where).parent.name: record for where, record in iterate_records([folder / "*" / "record.json"])}
     curves = pd.concat(
         [pd.read_json(folder / name / "metrics.jsonl", lines=True).assign(run=name) for name in records],
         ignore_index=True,

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import numpy as np
@@ -42,18 +42,19 @@ class BadImageError(Exception):
     """An image that cannot be decoded; the message names it."""
 
 
-class ImageSource(Protocol):
+class ImageSource:
     """Images by number, undecoded until asked for."""
 
-    classes: list[str]
+    def __init__(self, classes: list[str], labels: Sequence[int] | np.ndarray) -> None:
+        self.classes = classes
+        self.labels = np.asarray(labels, dtype=np.int64)
 
     def __len__(self) -> int:
-        """Number of images."""
-        ...
+        return len(self.labels)
 
     def label(self, index: int) -> int:
         """Class number of an image, without decoding it."""
-        ...
+        return int(self.labels[index])
 
     def image(self, index: int) -> Image.Image:
         """The image as RGB.
@@ -61,7 +62,7 @@ class ImageSource(Protocol):
         Raises:
             BadImageError: it cannot be decoded.
         """
-        ...
+        raise NotImplementedError
 
 
 def _decode(data: Any, name: str) -> Image.Image:
@@ -72,20 +73,12 @@ def _decode(data: Any, name: str) -> Image.Image:
         raise BadImageError(f"{name} ({error})") from error
 
 
-class Files:
+class Files(ImageSource):
     """Images in files."""
 
     def __init__(self, samples: Sequence[tuple[str, int]], classes: list[str]) -> None:
-        self.classes = classes
+        super().__init__(classes, [label for _, label in samples])
         self._paths = np.array([os.fsencode(path) for path, _ in samples])  # one block that workers share
-        self._labels = np.array([label for _, label in samples], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def label(self, index: int) -> int:
-        """Class number."""
-        return int(self._labels[index])
 
     def image(self, index: int) -> Image.Image:
         """The decoded file."""
@@ -93,7 +86,7 @@ class Files:
         return _decode(path, path)
 
 
-class Parquet:
+class Parquet(ImageSource):
     """Parquet files in the Hugging Face image schema: a column of encoded images and one of class labels."""
 
     def __init__(self, files: list[Path]) -> None:
@@ -110,22 +103,14 @@ class Parquet:
             raise UserError(
                 f"{files[0]}: needs one Image and one ClassLabel column, has {dict(features)}: not an image data set"
             )
-        self.classes = list(features[labels[0]].names)
         self._name = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
         if any(label is None for label in table[labels[0]]):
             raise UserError(f"{self._name}: rows without a label")
-        self._labels = np.asarray(table[labels[0]], dtype=np.int64)
+        super().__init__(list(features[labels[0]].names), table[labels[0]])
         self._images = table.cast_column(images[0], datasets.Image(decode=False)).select_columns(images)
         self._column = images[0]
-        if len(self._labels) and not 0 <= self._labels.min() <= self._labels.max() < len(self.classes):
+        if len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise UserError(f"{self._name}: labels outside 0..{len(self.classes) - 1}")
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def label(self, index: int) -> int:
-        """Class number."""
-        return int(self._labels[index])
 
     def image(self, index: int) -> Image.Image:
         """The decoded row."""
@@ -133,51 +118,36 @@ class Parquet:
         return _decode(io.BytesIO(data or b""), f"{self._name}, row {index}")
 
 
-class Arrays:
+class Arrays(ImageSource):
     """Images that are decoded already: (N, H, W, 3) uint8."""
 
     def __init__(self, images: np.ndarray, labels: Sequence[int], classes: list[str]) -> None:
-        self.classes = classes
+        super().__init__(classes, labels)
         self._images = images
-        self._labels = np.asarray(labels, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def label(self, index: int) -> int:
-        """Class number."""
-        return int(self._labels[index])
 
     def image(self, index: int) -> Image.Image:
         """The pixels as an image."""
         return Image.fromarray(self._images[index])
 
 
-class Subset:
+class Subset(ImageSource):
     """The images of `source` with the numbers in `order`."""
 
     def __init__(self, source: ImageSource, order: Sequence[int]) -> None:
-        self.classes = source.classes
         self.source = source
         self.order = np.asarray(order, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def label(self, index: int) -> int:
-        """Class number."""
-        return self.source.label(int(self.order[index]))
+        super().__init__(source.classes, source.labels[self.order])
 
     def image(self, index: int) -> Image.Image:
         """The image."""
         return self.source.image(int(self.order[index]))
 
 
-class Cached:
+class Cached(ImageSource):
     """Every image decoded once and kept: N·H·W·3 bytes, which forked workers share. Bad ones stay undecoded."""
 
     def __init__(self, source: ImageSource) -> None:
-        self.classes = source.classes
+        super().__init__(source.classes, source.labels)
         self.source = source
         self._bad: set[int] = set()
         self._pixels: np.ndarray | None = None
@@ -195,13 +165,6 @@ class Cached:
                     f"{self._pixels.shape[2]}x{self._pixels.shape[1]}: drop --cache"
                 )
             self._pixels[index] = pixels
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def label(self, index: int) -> int:
-        """Class number."""
-        return self.source.label(index)
 
     def image(self, index: int) -> Image.Image:
         """The kept pixels, or the source's error."""

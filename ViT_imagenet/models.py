@@ -26,21 +26,17 @@ LAYER_NORM_EPS = 1e-6  # DeiT's; torch's default is 1e-5
 # The norms of a DeiT that see all tokens of an image, (B, N, D). Any other one sees pooled or per-head tensors.
 TOKEN_NORMS = re.compile(r"norm|norm_pre|blocks\.\d+\.norm[12]")
 _SWITCHES = {f.name for f in fields(ContraNormOptions)} - {"scale", "pre_norm"}  # timm has a pre_norm of its own
+_MICRO: dict[str, Any] = {
+    "num_classes": 1000,
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+    "mean": timm.data.IMAGENET_DEFAULT_MEAN,
+    "std": timm.data.IMAGENET_DEFAULT_STD,
+    "first_conv": "patch_embed.proj",
+    "classifier": "head",
+}
 default_cfgs = generate_default_cfgs(  # of the models that timm does not have
-    {
-        f"deit_micro_patch8_{side}": {
-            "input_size": (3, side, side),
-            "pool_size": None,
-            "crop_pct": 1.0,
-            "interpolation": "bicubic",
-            "mean": timm.data.IMAGENET_DEFAULT_MEAN,
-            "std": timm.data.IMAGENET_DEFAULT_STD,
-            "first_conv": "patch_embed.proj",
-            "num_classes": 1000,
-            "classifier": "head",
-        }
-        for side in (32, 64)
-    }
+    {f"deit_micro_patch8_{side}": {**_MICRO, "input_size": (3, side, side)} for side in (32, 64)}
 )
 
 
@@ -107,8 +103,7 @@ def _with_contra_norm(
     return model
 
 
-def _micro(name: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
-    side = default_cfgs[name].default.input_size[-1]
+def _micro(name: str, side: int, pretrained: bool, **kwargs: Any) -> VisionTransformer:
     size = {"img_size": side, "patch_size": 8, "embed_dim": 128, "depth": 12, "num_heads": 4}
     model: VisionTransformer = build_model_with_cfg(VisionTransformer, name, pretrained, **{**size, **kwargs})
     return model
@@ -117,13 +112,13 @@ def _micro(name: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
 @register_model
 def deit_micro_patch8_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """A DeiT for CPUs: 128 features, images of 32 x 32 pixels."""
-    return _micro("deit_micro_patch8_32", pretrained, **kwargs)
+    return _micro("deit_micro_patch8_32", 32, pretrained, **kwargs)
 
 
 @register_model
 def deit_micro_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """A DeiT for CPUs: 128 features, images of 64 x 64 pixels."""
-    return _micro("deit_micro_patch8_64", pretrained, **kwargs)
+    return _micro("deit_micro_patch8_64", 64, pretrained, **kwargs)
 
 
 @register_model

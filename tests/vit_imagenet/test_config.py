@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from repro.config import parse_config
+from repro.config import CellLabel, parse_config
 from repro.errors import UserError
 from ViT_imagenet.config import Config
 from ViT_imagenet.factory import build_model
@@ -58,6 +59,11 @@ def test_models_refused(flags: str, said: str) -> None:
         build_model(parse("--scale=0.1", *flags.split()), 10)
 
 
+def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"there are deit_micro_patch8_32, .*deit_tiny_patch16_224$"):
+        build_model(parse("--scale=0.1", "--model=deit_huge"), 10)
+
+
 def test_a_contranorm_name_and_vanilla_contradict_each_other() -> None:
     with pytest.raises(UserError, match="has ContraNorm, --norm vanilla has none"):
         build_model(parse("--norm=vanilla", "--model=deit_tiny_patch16_224_contranorm"), 10)
@@ -72,6 +78,23 @@ def test_the_references_spellings() -> None:
     )
     assert (config.scale, config.tau, config.symmetric, config.pre_norm) == (0.2, 0.5, True, True)
     assert (config.learnable, config.positive, config.identity, config.input_size) == (True, True, True, 64)
+
+
+def test_a_run_says_which_cell_it_belongs_to() -> None:
+    contra = parse("--scale=0.1", "--data_set=CIFAR", "--depth=24")
+    assert contra.identity is False
+    assert contra.label() == CellLabel(
+        "CIFAR100", "deit_tiny_patch16_224", "ContraNorm s=0.1", order=(1, 0.1), depth=24, scale=0.1
+    )
+    vanilla = parse("--norm=vanilla")
+    assert vanilla.label() == CellLabel("IMNET", "deit_tiny_patch16_224", "vanilla", order=(0,), depth=12)
+    assert parse("--scale=0.1", "--axis=features").label().method == "D-ContraNorm s=0.1"
+    assert set(Config.EXECUTION_FIELDS) <= set(Config.__dataclass_fields__)
+
+
+def test_the_command_line_loads_without_torch(python: str, root: Path) -> None:
+    code = "import ViT_imagenet.main, sys; assert not {'torch', 'timm'} & sys.modules.keys()"
+    subprocess.run([python, "-c", code], cwd=root, check=True)
 
 
 def test_every_setting_says_why(capsys: pytest.CaptureFixture[str]) -> None:
