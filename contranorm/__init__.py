@@ -11,12 +11,13 @@ from contranorm.collapse import (
 )
 from contranorm.functional import contra_norm
 from contranorm.graph import CentreAndNormalize, GraphContraNorm, PairNorm
-from contranorm.layer import ContraNorm
+from contranorm.layer import ContraNorm, ContraStep
 
 __all__ = [
     "CentreAndNormalize",
     "CollapseProbe",
     "ContraNorm",
+    "ContraStep",
     "GraphContraNorm",
     "PairNorm",
     "attention_similarity",
