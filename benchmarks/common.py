@@ -9,7 +9,7 @@ import multiprocessing
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,24 @@ import psutil
 import torch
 from torch.utils import benchmark
 
+from repro.errors import UserError
 from repro.files import write_atomic
 from repro.run.run import environment
+
+Rows = list[dict[str, Any]]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def names_in(only: str, known: Iterable[str]) -> list[str]:
+    """The names of a comma-separated `--only`.
+
+    Raises:
+        UserError: one of them is not known.
+    """
+    names = only.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"--only: unknown name {unknown[0]!r}; there are {', '.join(known)}")
+    return names
 
 
 def median_ms(function: Callable[[], object], *, min_seconds: float = 1.0) -> float:
@@ -58,8 +74,7 @@ def has_bfloat16() -> bool:
 
 def product_gflops(dtype: torch.dtype = torch.float32, n: int = 2048) -> float:
     """This machine's rate of large matrix products, in 10^9 operations a second."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(n, n, device=device).to(dtype)
+    a = torch.randn(n, n, device=DEVICE).to(dtype)
     return 2 * n**3 / median_ms(lambda: a @ a) / 1e6
 
 
@@ -113,8 +128,8 @@ def goal(name: str, value: float, target: float, *, at_least: bool) -> dict[str,
     }
 
 
-def report(name: str, rows: list[dict[str, Any]], goals: list[dict[str, Any]], path: str | None) -> None:
-    """Print both tables; write them with the environment to `path`."""
+def report(name: str, rows: Rows, goals: Rows, path: str | None) -> None:
+    """Print measurements and goals; write them with the environment to the JSON file `path`, if it is given."""
     print(pd.DataFrame(rows).to_string(index=False, na_rep="", float_format=lambda v: f"{v:.4g}"))
     if goals:
         print("\n" + pd.DataFrame(goals).to_string(index=False))

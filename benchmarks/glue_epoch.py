@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.common import has_bfloat16, synchronize
+from benchmarks.common import DEVICE, Rows, has_bfloat16, synchronize
 from BERT_glue.config import parse
 from BERT_glue.data import make_loader
 from BERT_glue.economy import UsedRows
@@ -59,7 +59,7 @@ class Way:
         self.seconds.append(time.perf_counter() - start)
 
 
-def measure(data_root: str, steps: int, scratch: Path) -> list[dict[str, Any]]:
+def measure(data_root: str, steps: int, scratch: Path) -> Rows:
     """One row per way.
 
     Args:
@@ -75,8 +75,7 @@ def measure(data_root: str, steps: int, scratch: Path) -> list[dict[str, Any]]:
         flags += [flag] if flag else []
         ways[name] = build(flags, steps)
     if has_bfloat16():
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        ways["+ bfloat16"] = build(flags, steps, torch.autocast(device, torch.bfloat16))
+        ways["+ bfloat16"] = build(flags, steps, torch.autocast(DEVICE, torch.bfloat16))
     for _ in range(steps + 1):
         for way in ways.values():
             way.step()

@@ -1,6 +1,6 @@
 """ContraNorm alone: time, memory and error of every implementation, at the shapes of the experiments.
 
-`python -m benchmarks.layer --json out/layer.json` takes some minutes on two cores; `--only cora squirrel` picks shapes.
+`python -m benchmarks.layer --json out/layer.json` takes some minutes on two cores; `--only cora,squirrel` picks shapes.
 Random features with ReLU stand in for a graph's hidden layer, random edges of the data set's number for its graph.
 """
 
@@ -20,9 +20,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.approximations import nystrom, random_features
-from benchmarks.common import alternate_ms, goal, median_ms, peak_extra_mb, product_gflops, report
+from benchmarks.common import (
+    DEVICE,
+    Rows,
+    alternate_ms,
+    goal,
+    median_ms,
+    names_in,
+    peak_extra_mb,
+    product_gflops,
+    report,
+)  # fmt: skip
 from contranorm import contra_norm, kernels
-from contranorm.kernels import blocked as blocked_module
+from contranorm.kernels.blocked import blocked_contrast
 from repro.config import parse_config
 from repro.errors import UserError, run_main
 from repro.files import write_atomic
@@ -119,20 +129,17 @@ def variants(shape: Shape) -> dict[str, dict[str, Any]]:
             chosen["fused"] = {"implementation": "fused"}
             chosen["sdpa"] = {"implementation": "sdpa"}
     if len(shape.dims) == 2:
-        chosen["linear-1"] = {"implementation": "linear", "degree": 1}
-        chosen["linear-2"] = {"implementation": "linear", "degree": 2}
-        chosen["linear-3"] = {"implementation": "linear", "degree": 3}
+        chosen |= {f"linear-{degree}": {"implementation": "linear", "degree": degree} for degree in (1, 2)}
     return chosen
 
 
-def measure(name: str, shape: Shape, rate: float, rounds: int) -> list[dict[str, Any]]:
+def measure(name: str, shape: Shape, rate: float, rounds: int) -> Rows:
     """Rows of the table for one shape."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape.dims, generator=generator)
-    x = (x.relu() if len(shape.dims) == 2 else x).to(device).requires_grad_()
-    upstream = torch.randn(shape.dims, generator=generator).to(device)
-    exclude = random_graph(shape.dims[0], shape.edges, shape.directed).to(device) if shape.edges else None
+    x = (x.relu() if len(shape.dims) == 2 else x).to(DEVICE).requires_grad_()
+    upstream = torch.randn(shape.dims, generator=generator).to(DEVICE)
+    exclude = random_graph(shape.dims[0], shape.edges, shape.directed).to(DEVICE) if shape.edges else None
     steps = {label: step(x, upstream, exclude, **settings) for label, settings in variants(shape).items()}
     times = alternate_ms(steps, rounds=rounds if shape.dims[-2] <= 6000 else max(1, rounds // 3))
     exact = next((settings for label, settings in variants(shape).items() if label in ("plain", "blocked")), None)
@@ -154,7 +161,7 @@ def measure(name: str, shape: Shape, rate: float, rounds: int) -> list[dict[str,
     return rows
 
 
-def check_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def check_goals(rows: Rows) -> Rows:
     """The goals that the measured shapes allow to check."""
     at = {(row["shape"], row["implementation"]): row for row in rows}
     goals = []
@@ -170,9 +177,9 @@ def check_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if ("n20000", "blocked") in at:
         memory = at["n20000", "blocked"]["extra MiB"]
         goals.append(goal("N = 20,000: blocked's extra memory, MiB", memory, 200, at_least=False))
-        for degree, target in ((1, 3e-3), (2, 3e-3), (3, 5e-4)):
+        for degree in (1, 2):
             error = at["n20000", f"linear-{degree}"]["output error"]
-            goals.append(goal(f"N = 20,000: output error of degree {degree}", error, target, at_least=False))
+            goals.append(goal(f"N = 20,000: output error of degree {degree}", error, 3e-3, at_least=False))
         for degree in (1, 2):  # the goal was set with degree 2 in mind; degree 1 has its error
             faster = at["n20000", f"linear-{degree}"]["times blocked"]
             name = f"N = 20,000: linear (degree {degree}) against blocked, times faster"
@@ -184,7 +191,7 @@ def check_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return goals
 
 
-def compare_tiles() -> list[dict[str, Any]]:
+def compare_tiles() -> Rows:
     """Blocked form at several tile edges."""
     rows = []
     for name in ("cora", "squirrel"):
@@ -194,15 +201,15 @@ def compare_tiles() -> list[dict[str, Any]]:
         exclude = random_graph(shape.dims[0], shape.edges, shape.directed)
 
         def run(tile: int, unit: Tensor = unit, values: Tensor = values, exclude: Tensor = exclude) -> None:
-            settings: dict[str, Any] = {"tau": 1.0, "symmetric": False, "exclude": exclude, "tile": tile}
-            torch.autograd.grad(blocked_module.blocked(unit, values, **settings), unit, values)
+            contrast = blocked_contrast(unit, values, exclude, tau=1.0, symmetric=False, tile=tile)
+            torch.autograd.grad(contrast, unit, values)
 
         edges = {str(t): (lambda t=t, run=run: run(t)) for t in (256, 384, 512, 768, 1024, 1536)}
         rows += [{"shape": name, "tile": int(t), "ms": ms} for t, ms in alternate_ms(edges).items()]
     return rows
 
 
-def compare_chunks() -> list[dict[str, Any]]:
+def compare_chunks() -> Rows:
     """Fused form at several sizes of its chunks."""
     rows = []
     for name in ("bert", "deit_tiny", "deit_small"):
@@ -221,7 +228,7 @@ def compare_chunks() -> list[dict[str, Any]]:
     return rows
 
 
-def compare_approximations(rounds: int) -> list[dict[str, Any]]:
+def compare_approximations(rounds: int) -> Rows:
     """Every way to a contrast term in linear time: forward and backward, and the error against the exact one."""
     x = torch.randn(COMPARED, generator=torch.Generator().manual_seed(0)).relu().requires_grad_()
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
@@ -229,7 +236,7 @@ def compare_approximations(rounds: int) -> list[dict[str, Any]]:
         f"polynomial of degree {p}": functools.partial(
             contra_norm, scale=1.0, identity=True, implementation="linear", degree=p
         )
-        for p in (1, 2, 3)
+        for p in (1, 2)
     }
     for name, way in (("random features", random_features), ("Nyström rows", nystrom)):
         for count in (64, 256, 1024):
@@ -243,7 +250,7 @@ def compare_approximations(rounds: int) -> list[dict[str, Any]]:
 
     y, grad = exact(x).detach(), gradient(exact)
     times = alternate_ms({name: functools.partial(gradient, way) for name, way in ways.items()}, rounds=rounds)
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     for name, way in ways.items():
         error = (way(x).detach() - y).norm()
         rows.append({"approximation": name, "ms": times[name], "output error": float(error / y.norm())})
@@ -252,7 +259,7 @@ def compare_approximations(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def find_crossover() -> list[dict[str, Any]]:
+def find_crossover() -> Rows:
     """The exact forms side by side as N grows, with a graph (plain, blocked) and without (fused, blocked)."""
     rows = []
     for n in (64, 128, 192, 256, 384, 512, 768, 1024, 1536):
@@ -270,7 +277,7 @@ def find_crossover() -> list[dict[str, Any]]:
     return rows
 
 
-def update_choices(rows: list[dict[str, Any]]) -> None:
+def update_choices(rows: Rows) -> None:
     """Write from which N on blocked is faster, at every measured N above too, to contranorm/kernels/choices.json."""
     path = Path(kernels.__file__).with_name("choices.json")
     choices = json.loads(path.read_text(encoding="utf-8"))
@@ -283,7 +290,7 @@ def update_choices(rows: list[dict[str, Any]]) -> None:
     print(f"written: {choices['blocked_from']}")
 
 
-def measure_growth() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure_growth() -> tuple[Rows, Rows]:
     """Linear form as N grows tenfold."""
     rows = []
     for n in (20000, 50000, 100000, 200000):
@@ -294,8 +301,8 @@ def measure_growth() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     goals = []
     for name in ("degree 1 ms", "degree 2 ms"):
         ratio = rows[-1][name] / rows[0][name]
-        told = f"linear, {name.removesuffix(' ms')}: time at N = 200,000 over time at 20,000"
-        goals.append(goal(told, ratio, 11, at_least=False))
+        text = f"linear, {name.removesuffix(' ms')}: time at N = 200,000 over time at 20,000"
+        goals.append(goal(text, ratio, 11, at_least=False))
     return rows, goals
 
 
@@ -303,9 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(Config, argv, prog="benchmarks.layer", description=__doc__ or "")
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-    names = config.only.split(",")
-    if unknown := [name for name in names if name not in SHAPES]:
-        raise UserError(f"--only: unknown shape {unknown[0]!r}; there are {', '.join(SHAPES)}")
+    names = names_in(config.only, SHAPES)
     if config.update and not config.crossover:
         raise UserError("--update belongs to --crossover: it writes what that finds")
     if config.tiles:

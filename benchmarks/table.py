@@ -1,4 +1,4 @@
-"""Markdown tables from the benchmarks' JSON files: `python -m benchmarks.table results/benchmarks/layer.json`."""
+"""A Markdown table of a benchmark's JSON file: `python -m benchmarks.table --file results/benchmarks/layer.json`."""
 
 from __future__ import annotations
 

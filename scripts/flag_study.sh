@@ -2,7 +2,7 @@
 # What each speed flag does to the metric: small runs with every such flag off, with one of them on, and with all on,
 # several seeds each, then a table with the differences. About an hour of one core.
 #   PARTS="gnn glue" SEEDS="0 1 2 3 4" bash scripts/flag_study.sh
-# Arguments go to repro.sweep: --dry-run prints the plan. Stopped in the middle, the same command goes on.
+# Arguments go to repro.sweep: --dry-run prints the plan. Re-running the command resumes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh

@@ -32,7 +32,7 @@ from contranorm.kernels.masks import (
 )
 
 # Edge of a tile: the two float32 tiles of the backward fill the second-level caches of two to four cores
-# (benchmarks/layer.py --tiles measures other edges).
+# (`python -m benchmarks.layer --tiles` measures other edges).
 TILE = 768
 # Largest 1/τ for which exp(cos/τ) and its products stay well inside float32's range without subtracting a maximum.
 MAX_LOGIT = 40.0

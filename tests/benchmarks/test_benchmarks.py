@@ -20,9 +20,7 @@ def test_layer_measures_every_implementation_and_checks_goals(monkeypatch, tmp_p
     layer.main(["--only", "cora,bert", "--rounds", "3", "--json", str(path)])
     content = json.loads(path.read_text())
     measured = {(row["shape"], row["implementation"]) for row in content["rows"]}
-    assert measured >= {("cora", n) for n in ("plain", "blocked", "linear-1", "linear-2", "linear-3")} | {
-        ("bert", "sdpa")
-    }
+    assert measured >= {("cora", n) for n in ("plain", "blocked", "linear-1", "linear-2")} | {("bert", "sdpa")}
     for row in content["rows"]:
         assert row["ms"] > 0 and row["output error"] < (0.02 if row["implementation"] == "linear-1" else 3e-3)
         assert row["implementation"].startswith("linear") or row["output error"] < 1e-6
@@ -91,7 +89,7 @@ def test_other_approximations_come_closer_with_their_size(approximation):
 def test_approximations_are_compared(monkeypatch):
     monkeypatch.setattr(layer, "COMPARED", (300, 8))
     rows = layer.compare_approximations(rounds=1)
-    assert len(rows) == 9 and all(row["ms"] > 0 and 0 < row["output error"] < 0.5 for row in rows)
+    assert len(rows) == 8 and all(row["ms"] > 0 and 0 < row["output error"] < 0.5 for row in rows)
 
 
 def test_flags_are_compared_with_the_runs_that_have_none():
