@@ -9,7 +9,7 @@ import multiprocessing
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import pandas as pd
 import psutil
 import torch
-from torch.utils import benchmark
 
 from repro.errors import UserError
 from repro.files import write_atomic
@@ -39,16 +38,9 @@ def names_in(only: str, known: Iterable[str]) -> list[str]:
     return names
 
 
-def median_ms(function: Callable[[], object], *, min_seconds: float = 1.0) -> float:
-    """Median wall time of `function` in ms over at least `min_seconds`, after a warm-up; synchronizes a GPU."""
-    function()
-    timer = benchmark.Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=min_seconds).median * 1e3
-
-
-def alternate_ms(functions: dict[str, Callable[[], object]], *, rounds: int = 5) -> dict[str, float]:
+def alternate_ms(functions: Mapping[str, Callable[[], object]], *, rounds: int = 5) -> dict[str, float]:
     """Median time in ms of each function, taken in turns so that a slow minute of the machine hits all of them."""
-    for function in functions.values():
+    for function in functions.values():  # to warm up
         function()
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
@@ -72,10 +64,10 @@ def has_bfloat16() -> bool:
     return torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
 
 
-def product_gflops(dtype: torch.dtype = torch.float32, n: int = 2048) -> float:
-    """This machine's rate of large matrix products, in 10^9 operations a second."""
-    a = torch.randn(n, n, device=DEVICE).to(dtype)
-    return 2 * n**3 / median_ms(lambda: a @ a) / 1e6
+def product_gflops(n: int = 2048) -> float:
+    """This machine's rate of large float32 products, in 10^9 operations a second."""
+    a = torch.randn(n, n, device=DEVICE)
+    return 2 * n**3 / alternate_ms({"product": lambda: a @ a})["product"] / 1e6
 
 
 def peak_extra_mb(function: Callable[[], object]) -> float:

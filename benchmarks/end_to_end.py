@@ -171,16 +171,17 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, prog="benchmarks.end_to_end", description=__doc__ or "")
     names = names_in(config.only, PARTS)
     cora = "graphs/planetoid/Cora/raw"
-    needs = {"cell": cora, "startup": cora, "glue": "glue/rte", "deit": "images/cifar10"}
-    parts = {"cell": table3_cell, "startup": startup, "glue": glue_epoch, "deit": deit_epoch}
+    parts = {"cell": (cora, table3_cell), "startup": (cora, startup), "glue": ("glue/rte", glue_epoch)}
+    parts["deit"] = ("images/cifar10", deit_epoch)
     rows: Rows = []
     goals: Rows = []
     for name in tqdm(names, desc="parts"):
-        if not (Path(config.data_root) / needs[name]).exists():
-            tqdm.write(f"{name} left out: no {needs[name]} below --data_root {config.data_root}")
+        data, measure = parts[name]
+        if not (Path(config.data_root) / data).exists():
+            tqdm.write(f"{name} left out: no {data} below --data_root {config.data_root}")
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            more_rows, more_goals = parts[name](config, Path(scratch))
+            more_rows, more_goals = measure(config, Path(scratch))
         rows += more_rows
         goals += more_goals
     if not rows:

@@ -43,7 +43,7 @@ def test_the_scripts_that_the_readme_names_exist():
 
 
 def documented_commands() -> dict[tuple[str, str], str]:
-    """(module, its arguments) of each documented command, and of each flag in backticks of a module's docstring → file.
+    """(module, its arguments) of each documented command, and each `--flag value` of a module's docstring → file.
 
     Commands with a placeholder of an f-string in them are left out.
     """
@@ -51,11 +51,13 @@ def documented_commands() -> dict[tuple[str, str], str]:
     files = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*")) if path.suffix in (".py", ".md")]
     for path in files:
         text, name = path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))
-        for module, arguments in re.findall(r"python -m ([\w.]+)((?:\\\n|[^\n`\"#|>])*)", text.replace("-->", "\n")):
+        for module, arguments in re.findall(
+            r"python -m ([\w.]+\w)(?![.…])((?:\\\n|[^\n`\"#|>])*)", text.replace("-->", "\n")
+        ):
             if "{" not in arguments:
                 found[module, arguments.replace("\\\n", " ").replace("...", "").strip()] = name
         if path.suffix == ".py" and "__main__" in text:
-            for flags in re.findall(r"`(--[^`]+)`", ast.get_docstring(ast.parse(text)) or ""):
+            for flags in re.findall(r"`(--[^`]+ [^`]+)`", ast.get_docstring(ast.parse(text)) or ""):
                 found[name.removesuffix(".py").replace("/", "."), flags] = name
     return found
 
