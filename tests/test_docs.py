@@ -52,7 +52,7 @@ def documented_commands() -> dict[tuple[str, str], str]:
     for path in files:
         text, name = path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))
         for module, arguments in re.findall(
-            r"python -m ([\w.]+\w)(?![.…])((?:\\\n|[^\n`\"#|>])*)", text.replace("-->", "\n")
+            r"python -m ([\w.]+\w)(?![\w.…])((?:\\\n|[^\n`\"#|>])*)", text.replace("-->", "\n")
         ):
             if "{" not in arguments:
                 found[module, arguments.replace("\\\n", " ").replace("...", "").strip()] = name
