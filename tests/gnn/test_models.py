@@ -27,7 +27,7 @@ def graph(make_data: Callable[..., Any]) -> tuple[torch.Tensor, Adjacency, torch
 
 
 def settings(config: Callable[..., Config], norm: str, **changes: Any) -> Config:
-    return config(norm_mode=norm, norm_scale=1.0 if norm == "CN" else None, **changes)
+    return config(norm_mode=norm, scale=1.0 if norm == "CN" else None, **changes)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -161,7 +161,7 @@ def test_both_forms_agree_behind_the_layer_norm(config: Any, graph: Any) -> None
     logits = []
     for identity, scale in ((True, 1.0), (False, 0.5)):
         torch.manual_seed(0)
-        flags = dict(norm_mode="CN", use_layer_norm=True, nlayer=4, norm_scale=scale, identity=identity)
+        flags = dict(norm_mode="CN", use_layer_norm=True, nlayer=4, scale=scale, identity=identity)
         net = build_model(config(**flags), 12, 3).eval()
         assert net.norms()[0].identity is identity
         logits.append(net(x, adjacency))
