@@ -93,7 +93,8 @@ class Config(ContraNormOptions, RunConfig):
     """Write collapse metrics of every layer (mean cosine, effective rank, variance) to probe.csv and the record."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes a GPU when there is one. Published numbers of this project name theirs."""
+    """Where to compute; auto takes a GPU when there is one. Graphs of fewer than 10,000 nodes get one CPU thread: a
+    second one is no faster there, and slows down whatever else the machine runs."""
 
     def __post_init__(self) -> None:
         for name, low in [("hid", 1), ("nlayer", 1), ("epochs", 1), ("residual", 0), ("checkpoint_every", 1)]:

@@ -18,7 +18,7 @@ SEEDS="${SEEDS:-0 1 2 3 4}"
 PROTOCOL="${PROTOCOL:-reference}"
 FLAGS="${FLAGS:-}" # appended to every line, e.g. "--probe"
 RESULTS="${RESULTS:-results/table3/runs}"
-RECORDS="${RECORDS-$(compgen -G 'results/table3/*.jsonl' | paste -sd,)}" # records whose cells are not run again, by commas
+RECORDS="${RECORDS-$(compgen -G 'results/table3/*.jsonl' | paste -sd, || true)}" # records whose cells are not run again, by commas
 
 declare -A form_flag=([identity]=--identity [eq6]=--no_identity)
 for form in $FORMS; do

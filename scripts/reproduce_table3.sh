@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
 export RESULTS="${RESULTS:-results/table3/runs}"
-export RECORDS="${RECORDS-$(compgen -G 'results/table3/*.jsonl' | paste -sd,)}"
+export RECORDS="${RECORDS-$(compgen -G 'results/table3/*.jsonl' | paste -sd, || true)}"
 folder="$(dirname "$RESULTS")"
 
 status=0
