@@ -119,6 +119,10 @@ def test_both_forms_and_several_scales(hear: Hear, root: Path, monkeypatch: pyte
         "ContraNorm s=0.5 + LayerNorm", "ContraNorm s=1 + LayerNorm",
         "ContraNorm (Eq. 6) s=0.5 + LayerNorm", "ContraNorm (Eq. 6) s=1 + LayerNorm",
     ]  # fmt: skip
+    flags = {" ".join(words[words.index("--norm_mode") :]) for words in lines}  # as in the committed records' commands
+    assert "--norm_mode PN-SI --use_layer_norm --seed 0" in flags
+    assert "--norm_mode CN --norm_scale 0.5 --use_layer_norm --seed 0" in flags
+    assert "--norm_mode CN --norm_scale 0.5 --no_identity --use_layer_norm --seed 0" in flags
     with pytest.raises(subprocess.CalledProcessError) as refused:
         hear("gnn/run_different_baselines.sh", FORMS="eq7")
     assert refused.value.returncode == 2
