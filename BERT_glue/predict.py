@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from BERT_glue.data import Task
+from BERT_glue.tasks import Task
 from repro.files import write_atomic
 
 

@@ -1,9 +1,11 @@
-"""Where ContraNorm can stand in a transformer layer: names, the reference's digits, and the module for it."""
+"""Where ContraNorm can stand in a transformer layer: names, the released code's digits, and the module for it."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from contranorm import contra_norm
@@ -63,8 +65,8 @@ def check_settings(config: PretrainedConfig) -> None:
         raise ValueError("sites without scale: ContraNorm's step size has no default, give scale=0.01 or the like")
     if not config.tau > 0:
         raise ValueError(f"tau must be > 0, got {config.tau}")
-    if config.axis not in ("tokens", "features"):
-        raise ValueError(f"axis must be 'tokens' or 'features', got {config.axis!r}")
+    if config.positive and not (config.learnable and (config.scale or 0) > 0):
+        raise ValueError("positive trains the step's logarithm: it needs learnable=True and scale > 0")
     in_chunks = [site for site in config.sites if site in FEED_FORWARD_SITES]
     if config.chunk_size_feed_forward > 0 and in_chunks:
         raise ValueError(
@@ -76,20 +78,30 @@ def check_settings(config: PretrainedConfig) -> None:
 
 
 class ContraNormSite(nn.Module):
-    """ContraNorm's step at one site, without a LayerNorm of its own and without parameters."""
+    """ContraNorm's step at one site, without a LayerNorm of its own; its only parameter is a learnable step."""
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
-        self.scale, self.tau = config.scale, config.tau
-        self.axis, self.identity = config.axis, config.identity
+        self.scale = config.scale
+        self.switches = config.switches()
+        self.positive = self.switches.pop("positive")
+        if self.switches.pop("learnable"):
+            self.step = nn.Parameter(torch.empty(config.hidden_size))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A learnable step starts at `scale`."""
+        if hasattr(self, "step"):
+            nn.init.constant_(self.step, math.log(self.scale) if self.positive else self.scale)
 
     def forward(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
         """(B, N, D) → (B, N, D); token_mask (B, N) is True for the tokens that take part, None for all."""
-        return contra_norm(x, self.scale, tau=self.tau, identity=self.identity, axis=self.axis, mask=token_mask)
+        step = getattr(self, "step", self.scale)
+        return contra_norm(x, step.exp() if self.positive else step, mask=token_mask, **self.switches)
 
     def extra_repr(self) -> str:
         """The settings."""
-        return f"scale={self.scale}, tau={self.tau}, axis={self.axis}, identity={self.identity}"
+        return ", ".join(f"{name}={value}" for name, value in {"scale": self.scale, **self.switches}.items())
 
 
 class Sites(nn.ModuleDict):

@@ -119,6 +119,7 @@ class Run:
         self._trackers = Trackers(report_to if main else NONE)
         self._lines = 0
         self._stop_signal: int | None = None
+        self._agreed: bool | None = None
         self._lock: IO[str] | None = None
         self._handlers: dict[int, Any] = {}
 
@@ -205,6 +206,14 @@ class Run:
         """True after SIGTERM or SIGUSR2; `checkpoint` then saves and leaves."""
         return self._stop_signal is not None
 
+    def agree_to_stop(self) -> bool:
+        """True on every process when any of them was asked to stop; collective: call it at the same step everywhere.
+
+        From then on `checkpoint` leaves when the last answer was True, not when this process alone got a signal.
+        """
+        self._agreed = any_process(self.stop_requested)
+        return self._agreed
+
     @property
     def stop_signal(self) -> int | None:
         """The signal that asked for it."""
@@ -248,10 +257,10 @@ class Run:
         if self.main:
             tree = {"lines": self._lines, "seconds": self.seconds, "state": state}
             save_checkpoint(self.folder / "checkpoints", step, tree)
-        if self._stop_signal is not None:
+        if self.stop_requested if self._agreed is None else self._agreed:
             if self.main:
-                print(f"stopped at step {step}; the same command goes on", file=sys.stderr)
-            raise Interrupted(self._stop_signal)
+                print(f"stopped at step {step}; re-running the command resumes", file=sys.stderr)
+            raise Interrupted(self._stop_signal or signal.SIGTERM)
 
     # -- the end -------------------------------------------------------------------------------------------------
 
