@@ -20,7 +20,7 @@ from BERT_glue.sites import Sites
 
 
 class ContraNormAlbertAttention(AlbertAttention):
-    """ALBERT's attention up to the context; the layer goes on from there, because its sites lie behind it."""
+    """ALBERT's attention up to the context; the layer does the rest, because the sites lie behind it."""
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any

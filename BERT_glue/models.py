@@ -6,6 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -21,7 +22,7 @@ import BERT_glue.modeling_albert
 import BERT_glue.modeling_bert  # noqa: F401 - registered with the Auto classes
 from BERT_glue.config import Config
 from BERT_glue.configuration import CONFIGS, with_contranorm, without_contranorm
-from BERT_glue.sites import active_sites
+from BERT_glue.sites import ContraNormSite, active_sites
 from BERT_glue.tasks import Task
 from repro.errors import UserError
 
@@ -106,6 +107,8 @@ def _configure(vanilla: PretrainedConfig, config: Config, task: Task, sites: lis
         changes |= {"sites": sites, "scale": config.scale, "include_padding": config.include_padding, **switches}
     try:
         built = with_contranorm(vanilla, **({"sites": []} | changes))
+        if sites:  # one step: refuses switches that no kernel can do together
+            ContraNormSite(built)(torch.ones(1, 2, built.hidden_size), torch.ones(1, 2, dtype=torch.bool))
     except (ValueError, StrictDataclassError) as error:
         raise UserError(f"these settings do not go together: {_reason(error)}") from error
     return built if sites else without_contranorm(built)

@@ -218,7 +218,7 @@ def test_task_tables_are_complete_and_flags_win(root: Path, architecture: str) -
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--task_name", "squad"], "unknown --task_name 'squad'; the tasks are cola, "),
         ([], "give --task_name, or --train_file and --validation_file"),
@@ -236,8 +236,8 @@ def test_task_tables_are_complete_and_flags_win(root: Path, architecture: str) -
         (["--validation_file", "v.csv", "--train_file", "t.csv", "--do_predict"], "needs --test_file"),
     ],
 )
-def test_bad_flags(flags: list[str], told: str) -> None:
-    with pytest.raises(UserError, match=told) as caught:
+def test_bad_flags(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         parse(["--model_name_or_path", "minilm", "--output_dir", "out", *flags])
     assert "\n" not in str(caught.value)
 
@@ -272,9 +272,9 @@ def test_cell_of_own_files_and_of_albert(backbones: Any, own: Any) -> None:
     assert config.label().method == "ContraNorm s=1"
 
 
-def bad_run(tmp_path: Path, flags: list[str], told: str) -> None:
+def bad_run(tmp_path: Path, flags: list[str], message: str) -> None:
     """The run is refused with this line, and leaves no folder behind."""
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         main(["--output_dir", str(tmp_path / "run"), *flags])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
@@ -289,7 +289,7 @@ def test_a_digit_that_the_architecture_lacks(
 
 
 @pytest.mark.parametrize(
-    ("train", "validation", "told"),
+    ("train", "validation", "message"),
     [
         ({"text": ["a", "b"], "class": [0, 1]}, CLASSES, r"train.csv: no column 'label' \(found: text, class\)"),
         (CLASSES, {"text": ["a"], "label": ["perhaps"]}, "validation.csv: label 'perhaps' does not occur in the train"),
@@ -302,8 +302,8 @@ def test_a_digit_that_the_architecture_lacks(
         ({"other": ["a", "b"], "label": [0, 1]}, CLASSES, "validation.csv: no column 'other'"),
     ],
 )
-def test_bad_own_files(backbones: Any, own: Any, tmp_path: Path, train: Any, validation: Any, told: str) -> None:
-    bad_run(tmp_path, ["--model_name_or_path", str(backbones["bert"]), *own(train, validation)], told)
+def test_bad_own_files(backbones: Any, own: Any, tmp_path: Path, train: Any, validation: Any, message: str) -> None:
+    bad_run(tmp_path, ["--model_name_or_path", str(backbones["bert"]), *own(train, validation)], message)
 
 
 def test_bad_places(backbones: Any, own: Any, glue_root: Path, tmp_path: Path) -> None:
@@ -326,6 +326,9 @@ def test_bad_places(backbones: Any, own: Any, glue_root: Path, tmp_path: Path) -
     bad_run(tmp_path, [*bert, *local, "--report_to", "wandb"], "--report_to wandb: not installed")
     bad_run(tmp_path, [*bert, *local, "--max_length", "500"], "--max_length 500: .* has 128 positions")
     bad_run(tmp_path, [*bert, *local, "--num_hidden_layers", "3"], "has weights for 2 layers")
+    site = ["--pos", "7", "--scale", "1"]
+    bad_run(tmp_path, [*bert, *local, *site, "--symmetric", "--implementation", "sdpa"], "do not go together: .*sdpa")
+    bad_run(tmp_path, [*bert, *local, *site, "--degree", "7"], "do not go together: degree must be")
     bad_run(tmp_path, ["--model_name_or_path", "no/such", *local], "--model_name_or_path no/such: ")
 
 

@@ -345,7 +345,7 @@ def test_a_configuration_saved_before_there_were_more_switches_loads(vanilla: An
 
 @pytest.mark.parametrize("config_class", [bg.ContraNormBertConfig, bg.ContraNormAlbertConfig])
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"sites": ["attention"], "scale": 0.1}, "unknown site 'attention'"),
         ({"sites": ["ffn_sum", "ffn_sum"], "scale": 0.1}, "twice"),
@@ -359,8 +359,8 @@ def test_a_configuration_saved_before_there_were_more_switches_loads(vanilla: An
         ({"include_padding": "yes"}, "include_padding"),
     ],
 )
-def test_settings_are_strict(config_class: Any, settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(Exception, match=told) as caught:
+def test_settings_are_strict(config_class: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception, match=message) as caught:
         config_class(**settings)
     assert type(caught.value).__name__.startswith("StrictDataclass")
 
