@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from BERT_glue.sites import DIGITS, SITES
 from BERT_glue.tasks import TASKS
@@ -209,37 +211,31 @@ def parse(argv: Sequence[str]) -> Config:
     Raises:
         UserError: see `repro.config.parse_config`.
     """
-    argv = list(argv)
-    rest, rows = [], []
-    while argv:
-        token = argv.pop(0)
-        path = token.removeprefix("--config=") if token.startswith("--config=") else None
-        if token == "--config" and argv:
-            path = argv.pop(0)
-        table = load_yaml(Path(path)) if path is not None else None
-        if isinstance(table, dict) and table and set(table) <= set(TASKS):
-            rows.append((path, table))
-        else:
-            rest += [token] if path is None else ["--config", path]
-    for path, table in rows:
-        rest = _row_as_flags(str(path), table, rest) + rest
-    return parse_config(Config, rest, prog=PROG, description=(Config.__doc__ or "").strip())
+    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    look.add_argument("--config", action="append", default=[])
+    for name in ("task_name", "pos", "sites"):
+        look.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+    flags = list(argv)
+    with contextlib.suppress(argparse.ArgumentError):  # a flag without its value: the parser proper says so
+        given, flags = look.parse_known_args(flags)
+        flags += [f"--{name}={value}" for name, value in vars(given).items() if name != "config" and value is not None]
+        for path in reversed(given.config):
+            flags = _defaults_in(path, given) + flags
+    return parse_config(Config, flags, prog=PROG, description=(Config.__doc__ or "").strip())
 
 
-def _row_as_flags(path: str, table: dict[str, Any], argv: list[str]) -> list[str]:
-    """The row of the task that `argv` names, as flags to stand before `argv`, whose own flags then win."""
-    names = [token.lstrip("-").split("=")[0].replace("-", "_") for token in argv if token.startswith("--")]
-    task = None
-    for token, following in zip(argv, [*argv[1:], ""], strict=True):
-        if token.startswith("--") and token.lstrip("-").replace("-", "_").startswith("task_name"):
-            task = token.split("=", 1)[1] if "=" in token else following
-    if task is None or task.lower() not in table:
+def _defaults_in(path: str, given: argparse.Namespace) -> list[str]:
+    """A --config file as flags: --config itself, or the row of the chosen task where the file is a table of tasks."""
+    table = load_yaml(Path(path))
+    if not (isinstance(table, dict) and table and set(table) <= set(TASKS)):
+        return ["--config", path]
+    task = (given.task_name or "").lower()
+    if task not in table:
         raise UserError(f"--config {path} is a table of tasks: choose one with --task_name ({', '.join(table)})")
-    row = table[task.lower()]
-    fields = {f.name for f in dataclasses.fields(Config)}
+    row, fields = table[task], {f.name for f in dataclasses.fields(Config)}
     if not isinstance(row, dict) or not set(row) <= fields:
         unknown = sorted(set(row) - fields) if isinstance(row, dict) else [row]
         raise UserError(f"--config {path}, task {task}: unknown key {unknown[0]!r}")
-    if "pos" in names or "sites" in names:  # a site on the command line replaces the table's, however either is written
+    if given.pos or given.sites:  # a site on the command line replaces the table's, however either is written
         row = {key: value for key, value in row.items() if key not in ("pos", "sites")}
     return [f"--{key}={value}" for key, value in row.items()]

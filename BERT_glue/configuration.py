@@ -25,6 +25,7 @@ ContraNormFields = make_dataclass(
     ],
     bases=(ContraNormOptions,),
     kw_only=True,
+    namespace={"validate_contranorm": check_settings},  # called by the strict dataclass
 )
 
 
@@ -45,10 +46,6 @@ class ContraNormBertConfig(BertConfig, ContraNormFields):
     model_type = "contranorm_bert"
     identity: bool = True
 
-    def validate_contranorm(self) -> None:
-        """Called by the strict dataclass."""
-        check_settings(self)
-
 
 @strict
 class ContraNormAlbertConfig(AlbertConfig, ContraNormFields):
@@ -56,10 +53,6 @@ class ContraNormAlbertConfig(AlbertConfig, ContraNormFields):
 
     model_type = "contranorm_albert"
     identity: bool = False
-
-    def validate_contranorm(self) -> None:
-        """Called by the strict dataclass."""
-        check_settings(self)
 
 
 CONFIGS: dict[str, type[PretrainedConfig]] = {"bert": ContraNormBertConfig, "albert": ContraNormAlbertConfig}

@@ -22,17 +22,11 @@ class WithTokenMask:
     """A model without head whose layers take the tokens that ContraNorm sees; stands before the vanilla class."""
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *others: Any, **kwargs: Any
     ) -> Any:
         """As the vanilla model; the tokenizer's mask goes to every layer besides the backend's."""
         kwargs["token_mask"] = token_mask_of(self.config, attention_mask)
-        return super().forward(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        return super().forward(input_ids, attention_mask, *others, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -52,16 +46,17 @@ class WithContraNormBody:
         self.post_init()
 
 
-def register(
-    body: type[PreTrainedModel],
-    classifier: type[PreTrainedModel],
-    masked_lm: type[PreTrainedModel],
-    token_classifier: type[PreTrainedModel],
-) -> None:
-    """Make transformers' Auto classes find an architecture's configuration and models."""
-    config = body.config_class
+AUTO_CLASSES = (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForMaskedLM,
+    AutoModelForTokenClassification,
+)
+
+
+def register(*models: type[PreTrainedModel]) -> None:
+    """Make transformers' Auto classes find an architecture: its models in the order of AUTO_CLASSES."""
+    config = models[0].config_class
     AutoConfig.register(config.model_type, config)
-    AutoModel.register(config, body)
-    AutoModelForSequenceClassification.register(config, classifier)
-    AutoModelForMaskedLM.register(config, masked_lm)
-    AutoModelForTokenClassification.register(config, token_classifier)
+    for auto, model in zip(AUTO_CLASSES, models, strict=True):
+        auto.register(config, model)

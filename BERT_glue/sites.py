@@ -37,16 +37,7 @@ DIGITS = {
         7: "attention_sum",
         8: "ffn_sum",
     },
-    "albert": {
-        1: "layer_input",
-        2: "attention_context",
-        3: "attention_output",
-        4: "attention_sum",
-        5: "attention_norm",
-        6: "ffn_output",
-        7: "ffn_sum",
-        8: "ffn_norm",
-    },
+    "albert": dict(enumerate(SITES, start=1)),  # in the order in which a block meets them
 }
 
 

@@ -360,7 +360,7 @@ def test_a_contranorm_checkpoint_is_not_silently_used_otherwise(
     first = [*local, str(backbones["bert"]), "--sites", "ffn_sum", "--scale", "0.1", "--save_model"]
     main([*first, "--output_dir", str(tmp_path / "first")])
     saved = str(tmp_path / "first" / "model")
-    bad_run(tmp_path, [*local, saved], "was trained with ContraNorm at ffn_sum: give --sites ffn_sum, or --pos 0")
+    bad_run(tmp_path, [*local, saved], "was trained with ContraNorm at ffn_sum: add --sites ffn_sum, or --pos 0")
     model, _ = load_backbone(settings({"bert": saved}, "--task_name", "rte", "--pos", "0"), TASKS["rte"])
     assert type(model).__name__ == "BertForSequenceClassification"
 
