@@ -15,7 +15,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from BERT_glue.sites import ContraNormSite, token_mask_of
+from BERT_glue.sites import token_mask_of
+from contranorm import ContraStep
 
 
 class WithTokenMask:
@@ -30,7 +31,7 @@ class WithTokenMask:
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ContraNormSite):  # a learnable step, which no vanilla checkpoint has
+        if isinstance(module, ContraStep):  # a learnable step, which no vanilla checkpoint has
             module.reset_parameters()
 
 

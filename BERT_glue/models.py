@@ -22,7 +22,7 @@ import BERT_glue.modeling_albert
 import BERT_glue.modeling_bert  # noqa: F401 - registered with the Auto classes
 from BERT_glue.config import Config
 from BERT_glue.configuration import CONFIGS, with_contranorm, without_contranorm
-from BERT_glue.sites import ContraNormSite, active_sites
+from BERT_glue.sites import active_sites, site_step
 from BERT_glue.tasks import Task
 from repro.errors import UserError
 
@@ -108,7 +108,7 @@ def _configure(vanilla: PretrainedConfig, config: Config, task: Task, sites: lis
     try:
         built = with_contranorm(vanilla, **({"sites": []} | changes))
         if sites:  # one step: refuses switches that no kernel can do together
-            ContraNormSite(built)(torch.ones(1, 2, built.hidden_size), torch.ones(1, 2, dtype=torch.bool))
+            site_step(built)(torch.ones(1, 2, built.hidden_size), torch.ones(1, 2, dtype=torch.bool))
     except (ValueError, StrictDataclassError) as error:
         raise UserError(f"these settings do not go together: {_reason(error)}") from error
     return built if sites else without_contranorm(built)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
-from contranorm import contra_norm
+from contranorm import ContraStep
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -68,38 +66,16 @@ def check_settings(config: PretrainedConfig) -> None:
         raise ValueError("ContraNorm mixes all tokens of a sequence, later ones too: it cannot stand in a decoder")
 
 
-class ContraNormSite(nn.Module):
+def site_step(config: PretrainedConfig) -> ContraStep:
     """ContraNorm's step at one site, without a LayerNorm of its own; its only parameter is a learnable step."""
-
-    def __init__(self, config: PretrainedConfig) -> None:
-        super().__init__()
-        self.scale = config.scale
-        self.switches = config.switches()
-        self.positive = self.switches.pop("positive")
-        if self.switches.pop("learnable"):
-            self.step = nn.Parameter(torch.empty(config.hidden_size))
-            self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """A learnable step starts at `scale`."""
-        if hasattr(self, "step"):
-            nn.init.constant_(self.step, math.log(self.scale) if self.positive else self.scale)
-
-    def forward(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
-        """(B, N, D) → (B, N, D); token_mask (B, N) is True for the tokens that take part, None for all."""
-        step = getattr(self, "step", self.scale)
-        return contra_norm(x, step.exp() if self.positive else step, mask=token_mask, **self.switches)
-
-    def extra_repr(self) -> str:
-        """The settings."""
-        return ", ".join(f"{name}={value}" for name, value in {"scale": self.scale, **self.switches}.items())
+    return ContraStep(config.scale, dim=config.hidden_size, **config.switches())
 
 
 class Sites(nn.ModuleDict):
     """The sites of one layer that are on, by name; calling it at a site that is off returns x itself."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        super().__init__({site: ContraNormSite(config) for site in config.sites})
+        super().__init__({site: site_step(config) for site in config.sites})
 
     def forward(self, site: str, x: Tensor, token_mask: Tensor | None) -> Tensor:
         """The features after the named site; (B, N, D)."""

@@ -20,6 +20,8 @@ _EXECUTION_FIELDS = [
     "fused_optimizer",
 ]  # fmt: skip
 _RENAMED = {"norm_scale": "scale", "temp": "tau", "dual_norm": "symmetric", "use_v2": "axis"}
+# Switches that came later: a record without them was made by the form that they now default to.
+_LATER = {"axis": "tokens", "symmetric": False, "pre_norm": False, "learnable": False, "positive": False, "degree": 2}
 _NORMS = (
     "None", "LN", "PN", "PN-SI", "PN-SCS", "BatchNorm", "DiffGroupNorm", "MeanSubtractionNorm", "GraphNorm",
     "MessageNorm", "CN",
@@ -49,6 +51,8 @@ def upgrade(record: dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(config.get("axis"), bool):
         config["axis"] = "features" if config["axis"] else "tokens"
     cell_of = {"gnn": _gnn_cell, "BERT_glue": _bert_cell, "ViT_imagenet": _vit_cell}.get(record["experiment"])
+    if cell_of:
+        config = _LATER | {"implementation": "auto"} | config
     replaced: tuple[str, ...] = ("schema", "experiment", "probe", "collapse")
     if record["experiment"] == "BERT_glue":
         replaced += ("task", "model", "norm")  # the cell says these
@@ -73,14 +77,13 @@ def _cell(data: Any, model: Any, method: str, order: list[Any], depth: Any, scal
 
 
 def _gnn_cell(config: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """The cell of a graph run; the released form and degree 2 were the only ones before they became settings."""
-    config.setdefault("identity", True)
-    config.setdefault("degree", 2)
+    """The cell of a graph run; the released form was the only one before `identity` became a setting."""
     mode, scale = str(config.get("norm_mode")), config.get("scale")
+    config["identity"] = config.get("identity", True) if mode == "CN" else None
     eq6 = mode == "CN" and not config["identity"]
     method = {"None": "vanilla", "CN": "ContraNorm (Eq. 6)" if eq6 else "ContraNorm"}.get(mode, mode)
     if mode in ("PN", "PN-SI", "PN-SCS") and scale is None:
-        scale = 1.0
+        scale = config["scale"] = 1.0
     if mode == "CN" or (scale is not None and scale != 1):
         method += f" s={scale:g}"
     if config.get("use_layer_norm"):

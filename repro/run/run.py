@@ -219,12 +219,6 @@ class Run:
         """The signal that asked for it."""
         return self._stop_signal
 
-    def agree_to_stop(self) -> bool:
-        """True on every process when any was asked to stop; `checkpoint` then leaves on all. Collective."""
-        if any_process(self.stop_requested) and self._stop_signal is None:
-            self._stop_signal = signal.SIGTERM
-        return self.stop_requested
-
     def log(self, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         if not self.main:
