@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from contranorm import kernels
-
-Axis = Literal["tokens", "features"]
-Implementation = Literal["auto", "plain", "fused", "blocked", "sdpa", "linear"]
+from contranorm.options import Axis, Implementation, check_switches
 
 
 def contra_norm(
@@ -57,8 +53,8 @@ def contra_norm(
             q = k = x̂; "linear" replaces exp by a polynomial, in time linear in N (error bound: see
             `contranorm.kernels.linear`), and answers with "blocked", after a warning, where that bound is broken;
             "auto" chooses among the exact ones by shape and device.
-        degree: of the polynomial of "linear", 1 to 3: from one to the next the error falls, and the time grows about
-            with D / 3. Where the bound of this one is broken, the next is taken.
+        degree: of the polynomial of "linear", 1 or 2: 1 is the faster, 2 the more exact. Where the bound of 1 is
+            broken, 2 is taken.
 
     Returns:
         Same shape and dtype as `x`.
@@ -66,7 +62,8 @@ def contra_norm(
     Raises:
         ValueError: shapes, dtypes or switches that do not go together; the message names the one that is wrong.
     """
-    _check(x, scale, tau, axis, symmetric, mask, exclude, implementation, degree)
+    check_switches(tau=tau, axis=axis, implementation=implementation, degree=degree)
+    _check_tensors(x, scale, axis, mask, exclude)
     work = x if x.dtype == torch.float64 else x.float()
     batch = work if x.dim() == 3 else work.unsqueeze(0)  # (B, N, D)
     keep = None if mask is None else mask.reshape(batch.shape[:2])  # (B, N)
@@ -102,17 +99,7 @@ def _restore(moved: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
     return moved.reshape(x.shape).to(x.dtype)
 
 
-def _check(
-    x: Tensor,
-    scale: float | Tensor,
-    tau: float,
-    axis: str,
-    symmetric: bool,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    implementation: str,
-    degree: int,
-) -> None:
+def _check_tensors(x: Tensor, scale: float | Tensor, axis: str, mask: Tensor | None, exclude: Tensor | None) -> None:
     shape = tuple(x.shape)
     if x.dim() not in (2, 3):
         raise ValueError(
@@ -121,16 +108,6 @@ def _check(
         )
     if not x.is_floating_point():
         raise ValueError(f"x must be a float tensor, got {x.dtype}")
-    if not tau > 0:
-        raise ValueError(f"tau must be > 0, got {tau}")
-    if axis not in ("tokens", "features"):
-        raise ValueError(f"axis must be 'tokens' or 'features', got {axis!r}")
-    if implementation not in ("auto", *kernels.TOKEN_KERNELS):
-        raise ValueError(
-            f"implementation must be one of auto, {', '.join(kernels.TOKEN_KERNELS)}; got {implementation!r}"
-        )
-    if degree not in (1, 2, 3):
-        raise ValueError(f"degree must be 1, 2 or 3, got {degree}")
     if isinstance(scale, Tensor) and scale.dim() > 0 and scale.shape != x.shape[-1:]:
         raise ValueError(f"scale must be a number or of shape ({shape[-1]},), got {tuple(scale.shape)}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):

@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from contranorm.functional import Implementation, contra_norm
+from contranorm.layer import ContraStep, Switches
 
 
-class GraphContraNorm(nn.Module):
+class GraphContraNorm(ContraStep):
     """x - s·A·x over the nodes of one graph, adjacent pairs left out of A's softmax (Guo et al., ICLR 2023).
 
-    Neighbours are meant to agree, so only the other nodes are pushed away. No parameters; the LayerNorm that the
-    experiments put after it (`--use_layer_norm`) is shared by all layers and belongs to the model.
+    Neighbours are meant to agree, so only the other nodes are pushed away. The LayerNorm that the experiments put after
+    it (`--use_layer_norm`) is shared by all layers and belongs to the model. Arguments as of `ContraStep`.
 
-    Args:
-        scale: the step s.
-        tau: temperature.
-        identity: (1+s)·x - s·A·x in place of x - s·A·x: the form of the released graph code.
-        implementation: as in `contra_norm`: "auto", "plain", "blocked" or "linear".
-        degree: of the polynomial of "linear".
+    Raises:
+        ValueError: axis="features", or as `ContraStep`.
     """
 
-    def __init__(
-        self,
-        scale: float,
-        tau: float = 1.0,
-        *,
-        identity: bool = False,
-        implementation: Implementation = "auto",
-        degree: int = 2,
-    ) -> None:
-        super().__init__()
-        self.scale = scale
-        self.tau = tau
-        self.identity = identity
-        self.implementation: Implementation = implementation
-        self.degree = degree
+    def __init__(self, scale: float, tau: float = 1.0, *, dim: int | None = None, **switches: Unpack[Switches]) -> None:
+        super().__init__(scale, tau, dim=dim, **switches)
+        if self.axis == "features":
+            raise ValueError("axis='features' compares features, not nodes: there are no adjacent pairs to leave out")
 
-    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:  # type: ignore[override]
         """Push apart the nodes that are not adjacent.
 
         Args:
@@ -50,19 +35,7 @@ class GraphContraNorm(nn.Module):
         Returns:
             (N, D). A node adjacent to all others has nothing to be pushed from: its contrast term is 0.
         """
-        return contra_norm(
-            x,
-            self.scale,
-            tau=self.tau,
-            identity=self.identity,
-            exclude=adjacency,
-            implementation=self.implementation,
-            degree=self.degree,
-        )
-
-    def extra_repr(self) -> str:
-        """Scale, temperature and form."""
-        return f"scale={self.scale}, tau={self.tau}, identity={self.identity}"
+        return self.take_step(x, exclude=adjacency)
 
 
 class PairNorm(nn.Module):

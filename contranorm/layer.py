@@ -1,46 +1,61 @@
-"""ContraNorm as a drop-in for nn.LayerNorm."""
+"""ContraNorm as a drop-in for nn.LayerNorm, and its step alone as a module."""
 
 from __future__ import annotations
+
+import math
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from contranorm.functional import Axis, Implementation, contra_norm
+from contranorm.functional import contra_norm
+from contranorm.options import Axis, Implementation, check_switches
 
 
-class ContraNorm(nn.LayerNorm):
-    """LayerNorm(H - s·softmax(HHᵀ/τ)·H) over the tokens of each sequence (Guo et al., ICLR 2023, Eq. 6).
+class Switches(TypedDict, total=False):
+    """The form of the step, as keywords of all three layers; meanings and defaults are `ContraStep`'s."""
 
-    Sub-classes nn.LayerNorm and, unless `learnable`, adds no state: its state dict has the keys of a plain LayerNorm,
-    so that checkpoints of vanilla models load.
+    identity: bool
+    axis: Axis
+    symmetric: bool
+    pre_norm: bool
+    learnable: bool
+    positive: bool
+    implementation: Implementation
+    degree: int
+
+
+class ContraStep(nn.Module):
+    """The step without a LayerNorm: x - s·A·x with A = softmax(x̂ x̂ᵀ / τ), in every form of `contra_norm`.
+
+    Base of `ContraNorm` and `GraphContraNorm`. No state, unless `learnable`: then `step`, (dim,).
 
     Args:
-        dim: number of features D.
-        scale: the step s. It has no default: 0 would silently be a plain LayerNorm.
+        scale: the step s. It has no default: 0 would silently be no step.
         tau: temperature.
+        dim: number of features D; only `learnable` needs it.
         identity: (1+s)·x - s·A·x in place of Eq. 6's x - s·A·x.
         axis: "tokens" contrasts tokens, "features" contrasts features (the paper's D-ContraNorm).
         symmetric: both gradient terms ("dual softmax").
         pre_norm: unit rows in place of x.
         learnable: train one step per feature, starting from `scale`.
         positive: with `learnable`, train its logarithm so that the step stays > 0.
-        implementation: "auto", "plain", "fused", "blocked", "sdpa" or "linear" (of degree 2), see `contra_norm`.
-        eps: LayerNorm's epsilon.
-        elementwise_affine: LayerNorm's weight and bias.
-        bias: LayerNorm's bias.
-        device: of the parameters.
-        dtype: of the parameters.
+        implementation: "auto", "plain", "fused", "blocked", "sdpa" or "linear", see `contra_norm`.
+        degree: of the polynomial of "linear", 1 or 2.
+        device: of the learnable step.
+        dtype: of the learnable step.
+        base: arguments of the class behind this one, as ContraNorm has nn.LayerNorm there.
 
     Raises:
-        ValueError: `positive` without `learnable`, or with scale <= 0.
+        ValueError: switches that make no sense, alone or together; the message names the one that is wrong.
     """
 
     def __init__(
         self,
-        dim: int,
         scale: float,
-        *,
         tau: float = 1.0,
+        *,
+        dim: int | None = None,
         identity: bool = False,
         axis: Axis = "tokens",
         symmetric: bool = False,
@@ -48,14 +63,16 @@ class ContraNorm(nn.LayerNorm):
         learnable: bool = False,
         positive: bool = False,
         implementation: Implementation = "auto",
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
+        degree: int = 2,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        base: dict[str, Any] | None = None,
     ) -> None:
-        if positive and not (learnable and scale > 0):
-            raise ValueError(f"positive=True needs learnable=True and scale > 0, got {learnable=} and {scale=}")
+        check_switches(
+            scale=scale, tau=tau, axis=axis, learnable=learnable, positive=positive, implementation=implementation,
+            degree=degree,
+        )  # fmt: skip
+        super().__init__(**(base or {}))
         self.scale = scale
         self.tau = tau
         self.identity = identity
@@ -65,23 +82,103 @@ class ContraNorm(nn.LayerNorm):
         self.learnable = learnable
         self.positive = positive
         self.implementation: Implementation = implementation
-        super().__init__(dim, eps, elementwise_affine, bias=bias, device=device, dtype=dtype)
+        self.degree = degree
         if learnable:
+            if dim is None:
+                raise ValueError("learnable needs dim, the number of features: it trains one step for each of them")
             self.step = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
-            self.reset_parameters()
+            ContraStep.reset_parameters(self)
 
     def reset_parameters(self) -> None:
-        """LayerNorm's ones and zeros; a learnable step starts at `scale`."""
-        super().reset_parameters()
+        """A learnable step starts at `scale`."""
         if hasattr(self, "step"):
-            start = torch.tensor(self.scale, dtype=torch.float64)
-            nn.init.constant_(self.step, float(start.log() if self.positive else start))
+            nn.init.constant_(self.step, math.log(self.scale) if self.positive else self.scale)
 
     def effective_scale(self) -> float | Tensor:
         """The step s now in use: the constant, or a tensor of shape (D,)."""
         if not self.learnable:
             return self.scale
         return self.step.exp() if self.positive else self.step
+
+    def take_step(self, x: Tensor, mask: Tensor | None = None, exclude: Tensor | None = None) -> Tensor:
+        """`contra_norm` with this module's scale and switches; x (B, N, D) or (N, D)."""
+        return contra_norm(
+            x,
+            self.effective_scale(),
+            tau=self.tau,
+            identity=self.identity,
+            axis=self.axis,
+            symmetric=self.symmetric,
+            pre_norm=self.pre_norm,
+            mask=mask,
+            exclude=exclude,
+            implementation=self.implementation,
+            degree=self.degree,
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Push rows apart.
+
+        Args:
+            x: (B, N, D) or (N, D).
+            mask: (B, N) or (N,), True for real tokens; the others neither move nor count. None for all.
+
+        Returns:
+            As x.
+        """
+        return self.take_step(x, mask)
+
+    def extra_repr(self) -> str:
+        """Scale, temperature and form, behind the line of a base class."""
+        names = ("scale", "tau", "identity", "axis", "symmetric", "pre_norm", "learnable", "positive")
+        return ", ".join([*filter(None, [super().extra_repr()]), *(f"{name}={getattr(self, name)}" for name in names)])
+
+
+class ContraNorm(ContraStep, nn.LayerNorm):
+    """LayerNorm(H − s·softmax(ĤĤᵀ/τ)·H), Ĥ = rows of H at unit length, over the tokens of each sequence.
+
+    Source: Guo et al., ICLR 2023, Eq. 6, which prints HHᵀ; the released code, and this layer, take rows of unit length.
+
+    Sub-classes nn.LayerNorm and, unless `learnable`, adds no state: its state dict has the keys of a plain LayerNorm,
+    so that checkpoints of vanilla models load.
+
+    Args:
+        dim: number of features D.
+        scale: the step s. It has no default: 0 would silently be a plain LayerNorm.
+        tau: temperature.
+        eps: LayerNorm's epsilon.
+        elementwise_affine: LayerNorm's weight and bias.
+        bias: LayerNorm's bias.
+        device: of the parameters.
+        dtype: of the parameters.
+        switches: those of `ContraStep`.
+
+    Raises:
+        ValueError: as `ContraStep`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        scale: float,
+        *,
+        tau: float = 1.0,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **switches: Unpack[Switches],
+    ) -> None:
+        layer_norm = dict(
+            normalized_shape=dim, eps=eps, elementwise_affine=elementwise_affine, bias=bias, device=device, dtype=dtype
+        )
+        super().__init__(scale, tau, dim=dim, device=device, dtype=dtype, base=layer_norm, **switches)
+
+    def reset_parameters(self) -> None:
+        """LayerNorm's ones and zeros; a learnable step starts at `scale`."""
+        nn.LayerNorm.reset_parameters(self)
+        super().reset_parameters()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize x.
@@ -100,20 +197,4 @@ class ContraNorm(nn.LayerNorm):
                 "vectors (global_pool='avg') or per-head tensors (qk_norm) need a plain LayerNorm; rows of one graph "
                 "need GraphContraNorm"
             )
-        x = contra_norm(
-            x,
-            self.effective_scale(),
-            tau=self.tau,
-            identity=self.identity,
-            axis=self.axis,
-            symmetric=self.symmetric,
-            pre_norm=self.pre_norm,
-            mask=mask,
-            implementation=self.implementation,
-        )
-        return super().forward(x)
-
-    def extra_repr(self) -> str:
-        """LayerNorm's line and the switches."""
-        switches = ("scale", "tau", "identity", "axis", "symmetric", "pre_norm", "learnable", "positive")
-        return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in switches)])
+        return nn.LayerNorm.forward(self, self.take_step(x, mask))

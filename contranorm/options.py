@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
-from contranorm.functional import Axis, Implementation
+Axis = Literal["tokens", "features"]
+Implementation = Literal["auto", "plain", "fused", "blocked", "sdpa", "linear"]
+
+
+def check_switches(
+    *,
+    scale: float = 1.0,
+    tau: float = 1.0,
+    axis: str = "tokens",
+    learnable: bool = False,
+    positive: bool = False,
+    implementation: str = "auto",
+    degree: int = 2,
+) -> None:
+    """Refuse values that no form of the step has.
+
+    Raises:
+        ValueError: the message starts with the switch's name.
+    """
+    if not tau > 0:
+        raise ValueError(f"tau must be > 0, got {tau}")
+    for name, value, known in (("axis", axis, Axis), ("implementation", implementation, Implementation)):
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(known))}; got {value!r}")
+    if degree not in (1, 2):
+        raise ValueError(f"degree must be 1 or 2, got {degree}")
+    if positive and not (learnable and scale > 0):
+        raise ValueError(f"positive needs learnable and scale > 0, got {learnable=} and {scale=}")
 
 
 @dataclass(kw_only=True)
 class ContraNormOptions:
-    """The form of the step, as flags; `switches()` gives them to `contra_norm` and the layers by name."""
+    """The form of the step, as flags; `switches()` gives them to the layers and to `contra_norm` by name."""
 
     scale: float | None = field(default=None, metadata={"aliases": ("norm_scale",)})
     """The step s, > 0. It has no default: 0 would silently be no ContraNorm at all."""
@@ -43,10 +70,31 @@ class ContraNormOptions:
     """Degree of linear's polynomial, 1 or 2: 1 is the faster, 2 the more exact."""
 
     def switches(self) -> dict[str, Any]:
-        """Every switch but the scale, by name."""
+        """Every switch but the scale, by name. An unset `identity` is None: the experiment decides what that means."""
         names = [f.name for f in fields(ContraNormOptions) if f.name != "scale"]
         return {name: getattr(self, name) for name in names}
 
     def changed_switches(self) -> list[str]:
         """The names of those that differ from their default: without ContraNorm none of them may be given."""
         return [f.name for f in fields(ContraNormOptions) if getattr(self, f.name) != f.default]
+
+    def check_switches(self) -> None:
+        """Refuse values that make no sense, alone or together.
+
+        Raises:
+            ValueError: the message starts with the flag's name.
+        """
+        try:
+            if self.scale is not None and not self.scale > 0:
+                raise ValueError(f"scale must be > 0, got {self.scale}: 0 would be no ContraNorm at all")
+            free = ("identity", "symmetric", "pre_norm")  # any value is one
+            values = {name: value for name, value in self.switches().items() if name not in free}
+            check_switches(scale=self.scale or 0.0, **values)
+            if self.degree != 2 and self.implementation != "linear":
+                raise ValueError(f"degree belongs to --implementation linear, not {self.implementation}: leave it out")
+            if self.axis == "features" and self.implementation != "auto":
+                raise ValueError("implementation belongs to --axis tokens, not features: leave it out")
+            if self.symmetric and self.implementation in ("fused", "sdpa"):
+                raise ValueError(f"implementation {self.implementation} has no symmetric form: use blocked")
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error

@@ -182,10 +182,12 @@ def row_normalize(x: Tensor) -> Tensor:
     return x / (x.sum(dim=1, keepdim=True) + 1e-6)
 
 
-def homophily(graph: Graph) -> float:
-    """Share of the edges that join nodes of one class."""
-    a, b = graph.edge_index
-    return float((graph.y[a] == graph.y[b]).float().mean())
+def features(graph: Graph, *, missing_rate: float, seed: int) -> Tensor:
+    """(N, F) model input: erased where asked, then row-normalized."""
+    x = graph.x
+    if missing_rate:
+        x = erase_features(x, graph.train, missing_rate, seed)
+    return row_normalize(x)
 
 
 # -- raw files --------------------------------------------------------------------------------------------------------
@@ -292,11 +294,3 @@ def _keep(downloaded: Path, place: Path) -> None:
         part.rename(place)
     except OSError:  # the other process was first, with the same files
         shutil.rmtree(part)
-
-
-def features(graph: Graph, *, missing_rate: float, seed: int) -> Tensor:
-    """(N, F) model input: erased where asked, then row-normalized."""
-    x = graph.x
-    if missing_rate:
-        x = erase_features(x, graph.train, missing_rate, seed)
-    return row_normalize(x)

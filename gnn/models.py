@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contranorm import CentreAndNormalize, GraphContraNorm, PairNorm
-from gnn.config import Config
+from gnn.config import PAIR_NORMS, Config
 from gnn.pyg import BatchNorm, DiffGroupNorm, GATConv, GraphNorm, MeanSubtractionNorm, MessageNorm
 from gnn.sparse import Pattern, Sparse
 
@@ -125,12 +125,10 @@ class IsomorphismConvolution(nn.Module):
 
 def build_norm(config: Config, width: int) -> nn.Module:
     """The norm that `--norm_mode` names."""
-    mode, scale = config.norm_mode, 1.0 if config.norm_scale is None else config.norm_scale
+    mode, scale = config.norm_mode, config.scale
     if mode == "CN":
-        return GraphContraNorm(
-            scale, config.tau, identity=config.identity, implementation=config.implementation, degree=config.degree
-        )
-    if mode in ("PN", "PN-SI", "PN-SCS"):
+        return GraphContraNorm(scale, dim=width, **config.switches())
+    if mode in PAIR_NORMS:
         return PairNorm(mode, scale)
     makers: dict[str, Any] = {
         "None": nn.Identity,

@@ -1,7 +1,6 @@
-"""PyG's classes that the experiment uses, imported without what their import alone would bring along.
+"""PyG's classes that the experiment uses, imported without deprecation warnings and without transformers and pandas.
 
-That is deprecation warnings, and transformers and pandas: optional for PyG, wanted by its language-model code only, and
-a good part of the time in which a run starts.
+Those two are for PyG's language-model code alone; loading them would take a good part of a run's start-up time.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def _absent(*names: str) -> Iterator[None]:
-    """Within the block, packages that are not loaded yet count as not installed."""
+    """Within the block, packages that are not loaded yet look as if they were not installed."""
     hidden = [name for name in names if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: importing it raises ImportError
     try:

@@ -2,7 +2,7 @@
 # One cell of Table 3. Usage: bash gnn/run_baselines.sh [DATA [NLAYER [NORM [SCALE [SEED]]]]] [-- any other flag of gnn.main]
 #   bash gnn/run_baselines.sh cora 8 CN 1.0 0 -- --use_layer_norm
 #   DATA=texas NLAYER=16 NORM=PN bash gnn/run_baselines.sh
-# SCALE may be left empty ("") for norms without one; SEED may be several, separated by commas: 0,1,2.
+# SCALE may be left empty ("") for norms without one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
@@ -16,8 +16,6 @@ NORM="${positional[2]:-${NORM:-None}}"
 SCALE="${positional[3]:-${SCALE:-}}"
 SEED="${positional[4]:-${SEED:-0}}"
 words="$DATA-nlayer$NLAYER-$NORM${SCALE:+-scale$SCALE}-seed$SEED$(printf '%s' "$*" | tr -cs 'A-Za-z0-9.' '_')"
-case "$SEED" in *,*) seeds=--seeds ;; *) seeds=--seed ;; esac
-OUTPUT_DIR="${OUTPUT_DIR:-out/gnn/$words}"
 
 exec "$PYTHON" -m gnn.main --config "gnn/configs/$DATA.yaml" --nlayer "$NLAYER" --norm_mode "$NORM" \
-    ${SCALE:+--norm_scale "$SCALE"} "$seeds" "$SEED" --output_dir "$OUTPUT_DIR" "$@"
+    ${SCALE:+--scale "$SCALE"} --seed "$SEED" --output_dir "${OUTPUT_DIR:-out/gnn/$words}" "$@"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-with warnings.catch_warnings():  # torch announces once per process that CSR is in beta: have it said here, and unheard
+with warnings.catch_warnings():  # torch warns once per process that CSR is in beta: trigger that here, silenced
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
     torch.eye(1).to_sparse_csr()
 

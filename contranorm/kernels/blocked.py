@@ -12,6 +12,7 @@ respect to x̂ needs dS + dSᵀ only, which is K ∘ (M ∘ g wᵀ + Mᵀ ∘ w 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from torch.utils.weak import WeakIdKeyDictionary
 
-from contranorm.kernels.edges import entry_rows, is_symmetric
+from contranorm.kernels import masks
 
 # Edge of a tile: the two float32 tiles of the backward fill the second-level caches of two to four cores
-# (benchmarks/layer.py --tiles measures other edges).
+# (`python -m benchmarks.layer --tiles` measures other edges).
 TILE = 768
 # Largest 1/τ for which exp(cos/τ) and its products stay well inside float32's range without subtracting a maximum.
 MAX_LOGIT = 40.0
@@ -50,21 +50,17 @@ class ExcludedPairs:
         return ExcludedPairs(self.columns, self.rows, self.symmetric)
 
 
-_cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def excluded_pairs(pattern: Tensor, tile: int = TILE) -> ExcludedPairs:
     """Sort the entries of a sparse CSR (N, N) into tiles; remembered per tensor, which must not change afterwards."""
-    if pattern not in _cache:
-        _cache[pattern] = {}
-    per_tile: dict[int, ExcludedPairs] = _cache[pattern]
-    if tile not in per_tile:
+
+    def make() -> ExcludedPairs:
         n = pattern.shape[0]
-        rows, columns = entry_rows(pattern), pattern.col_indices().long()
-        symmetric = is_symmetric(rows, columns, n)
+        rows, columns = masks.entries(pattern)
+        symmetric = masks.is_symmetric(rows, columns, n)
         direct = _by_tile(rows, columns, n, tile)
-        per_tile[tile] = ExcludedPairs(direct, direct if symmetric else _by_tile(columns, rows, n, tile), symmetric)
-    return per_tile[tile]
+        return ExcludedPairs(direct, direct if symmetric else _by_tile(columns, rows, n, tile), symmetric)
+
+    return masks.remembered(pattern, (ExcludedPairs, tile), make)
 
 
 def _by_tile(rows: Tensor, columns: Tensor, n: int, tile: int) -> dict[_Key, Tensor]:
@@ -207,13 +203,13 @@ def _add_both_sides(
         _put_back(k, excluded.columns.get(key), saved)
 
 
-def blocked(
+def blocked_contrast(
     unit: Tensor,
     values: Tensor,
+    exclude: Tensor | None,
     *,
     tau: float,
     symmetric: bool,
-    exclude: Tensor | None,
     dtype: torch.dtype | None = None,
     tile: int = TILE,
 ) -> Tensor:
@@ -222,9 +218,9 @@ def blocked(
     Args:
         unit: x̂, (N, D).
         values: v, (N, C).
+        exclude: sparse CSR (N, N) of pairs that do not count, or None.
         tau: temperature.
         symmetric: add the softmax over columns.
-        exclude: sparse CSR (N, N) of pairs that do not count, or None.
         dtype: type of the factors of the matrix products; None is the type of `unit`. Sums stay in that of `unit`.
         tile: edge of the tiles; the result depends on it by rounding only.
 
@@ -232,7 +228,7 @@ def blocked(
         (N, C).
     """
     if 1 / tau > MAX_LOGIT:
-        return _blocked_with_maximum(unit, values, tau=tau, symmetric=symmetric, exclude=exclude, tile=tile)
+        return _blocked_with_maximum(unit, values, exclude, tau=tau, symmetric=symmetric, tile=tile)
     excluded = None if exclude is None else excluded_pairs(exclude, tile)
     dtype = dtype or unit.dtype
 
@@ -242,72 +238,43 @@ def blocked(
 
     ones = values.new_ones(values.shape[0], 1)
     sums = product(torch.cat([values, ones], dim=1), excluded)  # (N, C + 1): P v, P 1
-    contrast = ratio(sums[:, :-1], sums[:, -1:])
+    contrast = masks.ratio_or_zero(sums[:, :-1], sums[:, -1:])
     if symmetric:
         if excluded is None or excluded.symmetric:
             column_sums = sums[:, -1:]
         else:
             column_sums = product(ones, excluded.transpose())
-        contrast = contrast + product(ratio(values, column_sums), excluded)
+        contrast = contrast + product(masks.ratio_or_zero(values, column_sums), excluded)
     return contrast
-
-
-def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Numerator / denominator, and 0 where nothing was summed, in the gradient too."""
-    return numerator / denominator.masked_fill(denominator == 0, torch.inf)
 
 
 def _blocked_with_maximum(
-    unit: Tensor, values: Tensor, *, tau: float, symmetric: bool, exclude: Tensor | None, tile: int
+    unit: Tensor, values: Tensor, exclude: Tensor | None, *, tau: float, symmetric: bool, tile: int
 ) -> Tensor:
     """The same for a τ so small that each row needs its maximum subtracted: strips of rows, recomputed by autograd."""
-    strip = max(1, min(tile * tile // unit.shape[0], unit.shape[0]))
+    n = unit.shape[0]
+    height = max(1, min(tile * tile // n, n))
 
-    def part(unit: Tensor, values: Tensor, logsums: Tensor | None, start: int) -> Tensor:
-        logits = unit[start : start + strip] @ unit.mT / tau
-        if exclude is not None:
-            logits = logits.masked_fill(_strip_of(exclude, start, logits.shape[0]), -torch.inf)
-        if logsums is not None:  # softmax over columns, from their log-sums
-            return (logits - logsums).exp() @ values
-        empty = (logits == -torch.inf).all(dim=-1, keepdim=True)
-        return logits.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0) @ values
+    def logits_of(unit: Tensor, start: int) -> Tensor:
+        logits = unit[start : start + height] @ unit.mT / tau  # (height, N)
+        if exclude is None:
+            return logits
+        return logits.masked_fill(masks.stored_entries(exclude, start, start + logits.shape[0]), -torch.inf)
 
-    def strips(logsums: Tensor | None) -> Tensor:
-        parts = [
-            checkpoint(part, unit, values, logsums, start, use_reentrant=False)
-            for start in range(0, unit.shape[0], strip)
-        ]
-        return torch.cat(parts)
+    def row_part(start: int, unit: Tensor, values: Tensor) -> Tensor:
+        return masks.softmax_or_zero(logits_of(unit, start), dim=-1) @ values
 
-    contrast = strips(None)
+    def column_logsums(start: int, unit: Tensor) -> Tensor:
+        return masks.logsumexp_or(logits_of(unit, start), -torch.inf)
+
+    def column_part(start: int, unit: Tensor, values: Tensor, logsums: Tensor) -> Tensor:
+        return (logits_of(unit, start) - logsums).exp() @ values
+
+    def strips(part: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
+        return [checkpoint(part, start, *tensors, use_reentrant=False) for start in range(0, n, height)]
+
+    contrast = torch.cat(strips(row_part, unit, values))
     if symmetric:
-        contrast = contrast + strips(_column_logsums(unit, tau, exclude, strip))
+        logsums = masks.logsumexp_or(torch.stack(strips(column_logsums, unit)), 0.0)  # (N,)
+        contrast = contrast + torch.cat(strips(column_part, unit, values, logsums))
     return contrast
-
-
-def _column_logsums(unit: Tensor, tau: float, exclude: Tensor | None, strip: int) -> Tensor:
-    """Log Σ_i M_ij exp(S_ij) of every column, (N,); 0 for a column with nothing in it."""
-
-    def part(unit: Tensor, start: int) -> Tensor:
-        logits = unit[start : start + strip] @ unit.mT / tau
-        if exclude is not None:
-            logits = logits.masked_fill(_strip_of(exclude, start, logits.shape[0]), -torch.inf)
-        empty = (logits == -torch.inf).all(dim=0)
-        return logits.masked_fill(empty, 0.0).logsumexp(dim=0).masked_fill(empty, -torch.inf)
-
-    parts = [checkpoint(part, unit, start, use_reentrant=False) for start in range(0, unit.shape[0], strip)]
-    stacked = torch.stack(parts)
-    empty = (stacked == -torch.inf).all(dim=0)
-    return stacked.masked_fill(empty, 0.0).logsumexp(dim=0).masked_fill(empty, 0.0)
-
-
-def _strip_of(pattern: Tensor, start: int, count: int) -> Tensor:
-    """Dense bool (count, N): which entries of rows start … start + count - 1 the CSR `pattern` stores."""
-    crow = pattern.crow_indices()
-    first, last = int(crow[start]), int(crow[start + count])
-    rows = torch.repeat_interleave(
-        torch.arange(count, device=crow.device), crow[start : start + count + 1].diff().long()
-    )
-    dense = torch.zeros(count, pattern.shape[1], dtype=torch.bool, device=crow.device)
-    dense[rows, pattern.col_indices()[first:last].long()] = True
-    return dense

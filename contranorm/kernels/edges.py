@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+
+from contranorm.kernels.masks import entries, is_symmetric, remembered
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,30 +73,16 @@ def _full(crow: Tensor) -> Tensor | None:
     return full if bool(full.any()) else None
 
 
-_cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def entry_rows(pattern: Tensor) -> Tensor:
-    """Row of each stored entry of a sparse CSR, (E,)."""
-    count = pattern.crow_indices().diff().long()
-    return torch.repeat_interleave(torch.arange(pattern.shape[0], device=pattern.device), count)
-
-
-def is_symmetric(rows: Tensor, columns: Tensor, n: int) -> bool:
-    """Whether (j, i) is among the entries, each there once, of an (n, n) pattern whenever (i, j) is."""
-    return torch.equal((rows * n + columns).sort().values, (columns * n + rows).sort().values)
-
-
 def edges_of(pattern: Tensor) -> Edges:
     """The entries of a sparse CSR (N, N); remembered per tensor, which must not change afterwards."""
-    if pattern not in _cache:
+
+    def make() -> Edges:
         n = pattern.shape[0]
-        rows, columns = entry_rows(pattern), pattern.col_indices().long()
+        rows, columns = entries(pattern)
         order = (columns * n + rows).argsort()
         crow_t = torch.zeros(n + 1, dtype=torch.long, device=columns.device)
         crow_t[1:] = torch.bincount(columns, minlength=n).cumsum(0)
-        symmetric = is_symmetric(rows, columns, n)
         crow = pattern.crow_indices().long()
-        _cache[pattern] = Edges(crow, columns, crow_t, rows[order], order, symmetric, _full(crow))
-    edges: Edges = _cache[pattern]
-    return edges
+        return Edges(crow, columns, crow_t, rows[order], order, is_symmetric(rows, columns, n), _full(crow))
+
+    return remembered(pattern, Edges, make)

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from contranorm.kernels.masks import kept_columns
+from contranorm.kernels.plain import product_dtype
+
 NORM_EPS = 1e-12  # as in torch.nn.functional.normalize
 # Elements of (n, N, N + D) that n sequences taken together may have on a CPU, for each thread.
 CHUNK = 1 << 18
@@ -91,9 +94,8 @@ def _together(x: Tensor, *others: Tensor, keep: Tensor | None) -> Iterator[tuple
 
 def _bias(keep: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where a column counts, -inf where not, (n, 1, N); a sample that keeps nothing gets zeros, and is not read."""
-    allowed = keep | ~keep.any(dim=-1, keepdim=True)
-    zeros = torch.zeros(allowed.shape, dtype=dtype, device=keep.device)
-    return zeros.masked_fill_(~allowed, -torch.inf).unsqueeze(1)
+    zeros = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
+    return zeros.masked_fill_(~kept_columns(keep), -torch.inf).unsqueeze(1)
 
 
 def _product(beta: float, base: Tensor, alpha: float, a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -104,7 +106,7 @@ def _product(beta: float, base: Tensor, alpha: float, a: Tensor, b: Tensor, out:
         torch.add(beta * base, torch.bmm(a, b.to(a.dtype)), alpha=alpha, out=out)
 
 
-def fused(x: Tensor, *, own: float, scale: float, tau: float, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
+def fused_step(x: Tensor, *, own: float, scale: float, tau: float, keep: Tensor | None) -> Tensor:
     """own·x - scale·A x.
 
     Args:
@@ -113,10 +115,11 @@ def fused(x: Tensor, *, own: float, scale: float, tau: float, keep: Tensor | Non
         scale: the step s.
         tau: temperature.
         keep: bool (B, N), True for the rows that count; None for all. The others stay as they are.
-        dtype: type of the factors of the matrix products.
 
     Returns:
         (B, N, D).
     """
-    result: Tensor = _Step.apply(x, own, scale, tau, keep, dtype)
+    dtype = product_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        result: Tensor = _Step.apply(x, own, scale, tau, keep, dtype)
     return result

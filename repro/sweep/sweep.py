@@ -209,7 +209,7 @@ def recorded(cells: list[Cell], places: list[str] | str) -> dict[str, Status]:
     from repro.report.records import iterate_records  # pandas is needed for this alone
 
     known: dict[Canonical, str] = {}
-    for where, record in iterate_records([places] if isinstance(places, str) else places):
+    for where, record in iterate_records(places, as_written=True):
         # A record of a command for several seeds stands for its own.
         command = re.sub(r"--seeds[ =]\S+", f"--seed {record.get('seed')}", str(record.get("command", "")))
         with contextlib.suppress(ValueError):

@@ -96,9 +96,11 @@ def test_gradcheck(implementation, edges):
 
         w = random(7, 2, seed=3).requires_grad_()
         left_out = edges_of(edges(7, 0.2, symmetric=False))
-        assert torch.autograd.gradcheck(
-            lambda u, w: _PolynomialProduct.apply(u, w, (1.0, 0.9, 0.4, 0.2), left_out), (x, w)
-        )
+        for coefficients in ((1.0, 0.9), (1.0, 0.9, 0.4)):
+            assert torch.autograd.gradcheck(
+                lambda u, w: _PolynomialProduct.apply(u, w, coefficients, left_out),  # noqa: B023
+                (x, w),
+            )
     else:
         assert torch.autograd.gradcheck(lambda x: contra_norm(x, 0.7, implementation=implementation), (x,))
 
@@ -265,7 +267,7 @@ def test_zero_rows_stay_finite(implementation):
         (dict(tau=-1.0), "tau"),
         (dict(axis="rows"), "axis"),
         (dict(implementation="fast"), "implementation"),
-        (dict(degree=7), "degree"),
+        (dict(degree=3), "degree"),
         (dict(mask=torch.ones(2, 4, dtype=torch.bool)), "mask"),
         (dict(mask=torch.ones(2, 5)), "mask"),
         (dict(scale=torch.ones(3)), "scale"),

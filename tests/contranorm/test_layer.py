@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from contranorm import CentreAndNormalize, ContraNorm, GraphContraNorm, PairNorm, contra_norm
+from contranorm import CentreAndNormalize, ContraNorm, ContraStep, GraphContraNorm, PairNorm, contra_norm
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def x() -> torch.Tensor:
 def test_repr_names_the_switches():
     text = repr(ContraNorm(6, 0.1, tau=2.0, symmetric=True))
     assert text.startswith("ContraNorm((6,), eps=1e-05") and "scale=0.1, tau=2.0" in text and "symmetric=True" in text
-    assert repr(GraphContraNorm(0.5)) == "GraphContraNorm(scale=0.5, tau=1.0, identity=False)"
+    assert repr(GraphContraNorm(0.5)).startswith("GraphContraNorm(scale=0.5, tau=1.0, identity=False, axis=tokens")
     assert repr(PairNorm("PN-SI", 2.0)) == "PairNorm(PN-SI, scale=2.0)"
 
 
@@ -105,6 +105,46 @@ def test_graph_layer_leaves_neighbours_out(edges):
     y = GraphContraNorm(1.0)(x, adjacency)
     torch.testing.assert_close(y, contra_norm(x, 1.0, exclude=adjacency, implementation="plain"))
     assert list(GraphContraNorm(1.0).parameters()) == []
+
+
+FORMS = [
+    dict(identity=True, tau=0.5),
+    dict(symmetric=True),
+    dict(pre_norm=True),
+    dict(implementation="blocked"),
+    dict(implementation="linear", degree=1),
+]
+
+
+@pytest.mark.parametrize("form", [*FORMS, dict(axis="features")])
+def test_the_step_alone_is_contra_norm_and_every_layer_takes_every_switch(form, edges):
+    x = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0)).relu() + 0.1
+    mask = torch.arange(12) < torch.tensor([[12], [8]])
+    moved = contra_norm(x, 0.3, mask=mask, **form)
+    torch.testing.assert_close(ContraStep(0.3, **form)(x, mask), moved)
+    torch.testing.assert_close(ContraNorm(4, 0.3, **form)(x, mask), F.layer_norm(moved, (4,)))
+    assert list(ContraStep(0.3, **form).state_dict()) == []
+    if "axis" not in form:
+        adjacency = edges(12)
+        want = contra_norm(x[0], 0.3, exclude=adjacency, **form)
+        torch.testing.assert_close(GraphContraNorm(0.3, **form)(x[0], adjacency), want)
+
+
+@pytest.mark.parametrize("layer", [ContraStep, GraphContraNorm])
+def test_a_learnable_step_needs_the_number_of_features(layer):
+    assert torch.equal(layer(0.3, dim=4, learnable=True).step, torch.full((4,), 0.3))
+    with pytest.raises(ValueError, match="needs dim"):
+        layer(0.3, learnable=True)
+
+
+@pytest.mark.parametrize("wrong", [dict(tau=0.0), dict(axis="rows"), dict(degree=3), dict(implementation="fast")])
+def test_senseless_switches_are_named_when_a_layer_is_made(wrong):
+    (name,) = wrong
+    for make in (lambda **w: ContraNorm(6, 0.1, **w), lambda **w: GraphContraNorm(0.1, **w)):
+        with pytest.raises(ValueError, match=name):
+            make(**wrong)
+    with pytest.raises(ValueError, match="not nodes"):
+        GraphContraNorm(0.1, axis="features")
 
 
 def test_pair_norm_modes():

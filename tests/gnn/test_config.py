@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,7 +11,7 @@ import yaml
 
 from gnn.config import Config, DataName
 from gnn.data import SOURCES
-from repro.config import parse_config, to_yaml
+from repro.config import CellLabel, parse_config, to_yaml
 from repro.errors import UserError
 
 
@@ -21,12 +22,12 @@ def parse(*argv: str) -> Config:
 def test_the_reference_flags_mean_what_they_say() -> None:
     line = (
         "--data citeseer --model GIN --hid 64 --lr 0.01 --dropout 0.5 --epochs 7 --wd 0 --nlayer 16 --residual 2 "
-        "--norm_mode CN --norm_scale 0.8 --use_layer_norm --missing_rate 30 --tau 0.5 --seed 3 --protocol standard"
+        "--norm_mode CN --norm_scale 0.8 --use_layer_norm --missing_rate 30 --temp 0.5 --seed 3 --protocol standard"
     )
     config = parse(*line.split())
     assert (config.data, config.model, config.hid, config.lr, config.dropout) == ("citeseer", "GIN", 64, 0.01, 0.5)
     assert (config.epochs, config.wd, config.nlayer, config.residual) == (7, 0.0, 16, 2)
-    assert (config.norm_mode, config.norm_scale, config.use_layer_norm) == ("CN", 0.8, True)
+    assert (config.norm_mode, config.scale, config.use_layer_norm) == ("CN", 0.8, True)
     assert (config.missing_rate, config.tau, config.seed, config.protocol) == (30.0, 0.5, 3, "standard")
     assert parse("--norm-mode", "PN", "--missing-rate", "5").norm_mode == "PN"  # dashes as well
 
@@ -38,7 +39,7 @@ def test_defaults_are_table_3() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         ("--data karate", "data"),
         ("--model GCNII", "model"),
@@ -57,18 +58,30 @@ def test_defaults_are_table_3() -> None:
         ("--missing_rate 101", "--missing_rate is a percentage"),
         ("--tau 0 --norm_mode CN --norm_scale 1", "--tau must be > 0"),
         ("--eval_every 0", "--eval_every must be at least 1"),
-        ("--norm_mode CN", "--norm_mode CN needs --norm_scale other than 0"),
-        ("--norm_mode CN --norm_scale 0", "--norm_mode CN needs --norm_scale other than 0"),
-        ("--norm_mode LN --norm_scale 1", "--norm_scale has no effect with --norm_mode LN"),
-        ("--norm_mode PN --tau 2", "--tau, --no_identity and --implementation belong to --norm_mode CN"),
-        ("--implementation plain", "--tau, --no_identity and --implementation belong to --norm_mode CN"),
+        ("--norm_mode CN", "--norm_mode CN needs --scale"),
+        ("--norm_mode CN --scale 0", "--scale must be > 0, got 0.0"),
+        ("--norm_mode CN --norm_scale 0", "--scale must be > 0, got 0.0"),
+        ("--norm_mode LN --scale 1", "--scale has no effect with --norm_mode LN"),
+        ("--scale 1", "--scale has no effect with --norm_mode None"),
+        ("--norm_mode PN --tau 2", "--tau belongs to --norm_mode CN, not PN"),
+        ("--norm_mode PN --no_identity", "--identity belongs to --norm_mode CN, not PN"),
+        ("--identity", "--identity belongs to --norm_mode CN, not None"),
+        ("--symmetric", "--symmetric belongs to --norm_mode CN"),
+        ("--implementation plain", "--implementation belongs to --norm_mode CN"),
+        ("--implementation sdpa --norm_mode CN --scale 1", "implementation"),
+        ("--implementation fused --norm_mode CN --scale 1", "implementation"),
+        ("--degree 1", "--degree belongs to --norm_mode CN"),
+        ("--degree 1 --norm_mode CN --scale 1", "--degree belongs to --implementation linear, not auto"),
+        ("--degree 3 --norm_mode CN --scale 1 --implementation linear", "--degree must be 1 or 2, got 3"),
+        ("--axis features --norm_mode CN --scale 1", "--axis features compares features"),
+        ("--positive --norm_mode CN --scale 1", "--positive needs learnable"),
         ("--data cora --split 3", "--split: cora has one split"),
         ("--data texas --split 10", "--split must be 0 to 9"),
         ("--model SGC --residual 2", "--residual: SGC has one linear layer"),
     ],
 )
-def test_nonsense_is_refused(argv: str, told: str) -> None:
-    with pytest.raises(UserError, match=told) as error:
+def test_nonsense_is_refused(argv: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
         parse(*argv.split())
     assert "\n" not in str(error.value)
 
@@ -87,11 +100,42 @@ def test_the_command_line_wins_over_yaml(tmp_path: Path) -> None:
     assert (config.nlayer, config.norm_mode) == (6, "PN")
 
 
-def test_a_config_survives_its_yaml(tmp_path: Path, config: Any) -> None:
-    mine = config(norm_mode="CN", norm_scale=0.2, use_layer_norm=True, eval_every=5)
+@pytest.mark.parametrize("flags", [{"norm_mode": "CN", "scale": 0.2}, {"norm_mode": "PN"}, {}])
+def test_a_config_survives_its_yaml(flags: dict[str, Any], tmp_path: Path, config: Any) -> None:
+    mine = config(**flags, use_layer_norm=True, eval_every=5)
     path = tmp_path / "args.yaml"
     path.write_text(to_yaml(mine))
     assert parse_config(Config, ["--config", str(path)], prog="gnn.main") == mine
+
+
+def test_what_is_unset_becomes_the_released_form() -> None:
+    assert parse("--norm_mode", "CN", "--scale", "1").identity is True
+    assert parse("--norm_mode", "CN", "--scale", "1", "--no_identity").identity is False
+    assert parse().identity is None and parse().scale is None
+    assert parse("--norm_mode", "PN").scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "method", "order", "scale"),
+    [
+        ("", "vanilla", (0, 0, 0, 0), None),
+        ("--use_layer_norm", "vanilla + LayerNorm", (0, 0, 0, 1), None),
+        ("--norm_mode LN", "LN", (1, 0, 0, 0), None),
+        ("--norm_mode PN", "PN", (2, 0, 1, 0), 1.0),
+        ("--norm_mode PN-SI --scale 5 --use_layer_norm", "PN-SI s=5 + LayerNorm", (3, 0, 5, 1), 5.0),
+        ("--norm_mode BatchNorm", "BatchNorm", (5, 0, 0, 0), None),
+        ("--norm_mode CN --scale 1.0 --use_layer_norm", "ContraNorm s=1 + LayerNorm", (10, 0, 1, 1), 1.0),
+        ("--norm_mode CN --scale 0.2", "ContraNorm s=0.2", (10, 0, 0.2, 0), 0.2),
+        ("--norm_mode CN --scale 0.5 --no_identity", "ContraNorm (Eq. 6) s=0.5", (10, 1, 0.5, 0), 0.5),
+    ],
+)
+def test_labels(flags: str, method: str, order: tuple[float, ...], scale: float | None) -> None:
+    config = parse("--data", "texas", "--model", "GIN", "--nlayer", "8", *flags.split())
+    assert config.label() == CellLabel("texas", "GIN", method, order, depth=8, scale=scale)
+
+
+def test_execution_fields_are_fields() -> None:
+    assert set(Config.EXECUTION_FIELDS) <= {f.name for f in dataclasses.fields(Config)}
 
 
 @pytest.mark.parametrize("name", get_args(DataName))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -19,8 +20,9 @@ from gnn import data as graphs
 from gnn import train as training
 from gnn.config import Config, ModelName, NormName
 from gnn.data import Graph, as_graph
-from gnn.main import main
-from gnn.train import accuracies, train
+from gnn.main import main, train_cell
+from gnn.models import Adjacency
+from gnn.train import TrainingSetup, accuracies
 from repro.errors import Interrupted, UserError
 from repro.report.records import comparable
 from repro.run.run import Run
@@ -42,7 +44,7 @@ def test_one_epoch_of_every_norm(model: str, config: Make, record: Read, tmp_pat
     for norm in get_args(NormName):
         scale = 1.0 if norm == "CN" else None
         folder = tmp_path / norm
-        train(config(output_dir=str(folder), model=model, norm_mode=norm, norm_scale=scale, epochs=1), quiet=True)
+        train_cell(config(output_dir=str(folder), model=model, norm_mode=norm, scale=scale, epochs=1))
         found = record(folder)
         assert 0 <= found["metrics"]["test_accuracy"] <= 1
         assert found["nodes"] == {"train": 20, "validation": 15, "test": 25}
@@ -52,7 +54,7 @@ def test_one_epoch_of_every_norm(model: str, config: Make, record: Read, tmp_pat
 # -- determinism and interruption --------------------------------------------------------------------------------------
 
 EVERYTHING = {
-    "norm_mode": "CN", "norm_scale": 1.0, "use_layer_norm": True, "dropedge": 0.3, "missing_rate": 30.0,
+    "norm_mode": "CN", "scale": 1.0, "use_layer_norm": True, "dropedge": 0.3, "missing_rate": 30.0,
     "protocol": "standard", "epochs": 12, "checkpoint_every": 3, "probe": True,
 }  # fmt: skip
 
@@ -60,7 +62,7 @@ EVERYTHING = {
 def test_same_seed_same_numbers(config: Make, record: Read, tmp_path: Path) -> None:
     runs = []
     for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
-        train(config(**EVERYTHING, output_dir=str(tmp_path / name), seed=seed), quiet=True)
+        train_cell(config(**EVERYTHING, output_dir=str(tmp_path / name), seed=seed))
         runs.append((comparable(record(tmp_path / name)), lines(tmp_path / name)))
     assert runs[0] == runs[1]
     assert runs[0][1] != runs[2][1]
@@ -75,7 +77,7 @@ def test_killed_anywhere_and_started_again(
     moment: str, config: Make, record: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, broken = (config(**EVERYTHING, output_dir=str(tmp_path / name)) for name in ("whole", "broken"))
-    train(whole, quiet=True)
+    train_cell(whole)
     method, number = moment.split()
     original, calls = getattr(Run, method), [0]
 
@@ -88,9 +90,9 @@ def test_killed_anywhere_and_started_again(
     with monkeypatch.context() as patch:
         patch.setattr(Run, method, dies)
         with pytest.raises(Killed):
-            train(broken, quiet=True)
+            train_cell(broken)
     assert not (tmp_path / "broken/record.json").exists()
-    train(broken, quiet=True)
+    train_cell(broken)
     assert comparable(record(tmp_path / "broken")) == comparable(record(tmp_path / "whole"))
     assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
 
@@ -124,7 +126,7 @@ def test_signals_in_real_processes(python: str, tmp_path: Path, record: Read, mo
     second.send_signal(signal.SIGTERM)
     errors = second.communicate(timeout=120)[1]
     assert second.returncode == 128 + signal.SIGTERM, errors
-    assert "the same command goes on" in errors and not (folder / "record.json").exists()
+    assert re.search(r"stopped at step \d+; ", errors) and not (folder / "record.json").exists()
     main(command(python, folder)[3:])
     main(command(python, tmp_path / "whole")[3:])
     assert comparable(record(folder)) == comparable(record(tmp_path / "whole"))
@@ -133,7 +135,7 @@ def test_signals_in_real_processes(python: str, tmp_path: Path, record: Read, mo
 
 def test_sigterm_saves_at_once(config: Make, record: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, stopped = (config(epochs=8, output_dir=str(tmp_path / name)) for name in ("whole", "stopped"))
-    train(whole, quiet=True)
+    train_cell(whole)
     original = Run.log
 
     def log(self: Run, values: dict[str, Any]) -> None:
@@ -144,27 +146,27 @@ def test_sigterm_saves_at_once(config: Make, record: Read, tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr(Run, "log", log)
         with pytest.raises(Interrupted) as left:
-            train(stopped, quiet=True)
+            train_cell(stopped)
     assert left.value.code == 128 + signal.SIGTERM and len(lines(tmp_path / "stopped")) == 3
-    train(stopped, quiet=True)
+    train_cell(stopped)
     assert comparable(record(tmp_path / "stopped")) == comparable(record(tmp_path / "whole"))
 
 
 def test_a_finished_run_is_left_alone(config: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    train(config(), quiet=True)
+    train_cell(config())
     written = (tmp_path / "run/record.json").stat().st_mtime_ns
-    train(config())
+    train_cell(config())
     assert "done already" in capsys.readouterr().out
     assert (tmp_path / "run/record.json").stat().st_mtime_ns == written
     with pytest.raises(UserError, match=r"other settings \(seed=0 there, 1 here\)"):
-        train(config(seed=1))
+        train_cell(config(seed=1))
 
 
 # -- what is reported --------------------------------------------------------------------------------------------------
 
 
 def test_reference_protocol_reports_the_last_epoch(config: Make, record: Read, tmp_path: Path) -> None:
-    train(config(eval_every=1, epochs=6), quiet=True)
+    train_cell(config(eval_every=1, epochs=6))
     found = record(tmp_path / "run")
     assert (found["protocol"], found["selection"], found["epoch"]) == ("reference", "last epoch", 6)
     assert found["metrics"]["test_accuracy"] == lines(tmp_path / "run")[-1]["test_accuracy"]
@@ -172,7 +174,7 @@ def test_reference_protocol_reports_the_last_epoch(config: Make, record: Read, t
 
 
 def test_standard_protocol_reports_the_first_best_epoch(config: Make, record: Read, tmp_path: Path) -> None:
-    train(config(protocol="standard", epochs=15, lr=0.05), quiet=True)
+    train_cell(config(protocol="standard", epochs=15, lr=0.05))
     found, log = record(tmp_path / "run"), lines(tmp_path / "run")
     best = max(log, key=lambda line: line["validation_accuracy"])  # the first of equals
     assert (found["selection"], found["epoch"]) == ("best validation accuracy", best["epoch"])
@@ -180,7 +182,7 @@ def test_standard_protocol_reports_the_first_best_epoch(config: Make, record: Re
     assert found["nodes"]["test"] == 15
 
 
-def test_accuracies_count_right_answers(make_data: Callable[..., Any]) -> None:
+def test_accuracies_count_right_answers(make_data: Callable[..., Any], config: Make) -> None:
     graph: Graph = as_graph("small", make_data())
 
     class Oracle(torch.nn.Module):
@@ -189,16 +191,20 @@ def test_accuracies_count_right_answers(make_data: Callable[..., Any]) -> None:
             answers[graph.test.nonzero()[:3, 0]] += 1  # three of the 15 test nodes wrong
             return torch.nn.functional.one_hot(answers % 4, 4).float()
 
-    got = accuracies(Oracle(), None, None, graph, "standard")  # type: ignore[arg-type]
-    assert got == {"test_accuracy": 12 / 15, "validation_accuracy": 1.0}
-    assert accuracies(Oracle(), None, None, graph, "reference")["test_accuracy"] == 22 / 25  # type: ignore[arg-type]
+    def measured(protocol: str) -> dict[str, float]:
+        adjacency = Adjacency.from_edges(graph.edge_index, len(graph.y))
+        setup = TrainingSetup(config(protocol=protocol), torch.device("cpu"), graph, adjacency, graph.x)
+        return accuracies(Oracle(), setup)
+
+    assert measured("standard") == {"test_accuracy": 12 / 15, "validation_accuracy": 1.0}
+    assert measured("reference")["test_accuracy"] == 22 / 25
 
 
 def test_probe_has_one_value_per_hidden_layer(config: Make, record: Read, tmp_path: Path) -> None:
-    train(config(probe=True, nlayer=5, norm_mode="PN"), quiet=True)
-    probe = record(tmp_path / "run")["probe"]
+    train_cell(config(probe=True, nlayer=5, norm_mode="PN"))
+    probe = record(tmp_path / "run")["collapse"]
     frame = pd.read_csv(tmp_path / "run/probe.csv")
-    assert frame["layer"].tolist() == [1, 2, 3, 4]
+    assert frame["layer"].tolist() == probe["layer"] == [1, 2, 3, 4]
     for name in ("mean_cosine", "effective_rank", "variance"):
         assert frame[name].tolist() == pytest.approx(probe[name])
     assert all(0 <= c <= 1 for c in probe["mean_cosine"]) and all(r >= 1 for r in probe["effective_rank"])
@@ -206,16 +212,39 @@ def test_probe_has_one_value_per_hidden_layer(config: Make, record: Read, tmp_pa
 
 def test_probing_does_not_change_the_numbers(config: Make, record: Read, tmp_path: Path) -> None:
     for name, probe in (("a", True), ("b", False)):
-        train(config(output_dir=str(tmp_path / name), probe=probe, use_layer_norm=True), quiet=True)
+        train_cell(config(output_dir=str(tmp_path / name), probe=probe, use_layer_norm=True))
     assert record(tmp_path / "a")["metrics"] == record(tmp_path / "b")["metrics"]
 
 
 def test_a_record_holds_what_a_reader_needs(config: Make, record: Read, tmp_path: Path) -> None:
-    train(config(norm_mode="CN", norm_scale=0.5, use_layer_norm=True), quiet=True)
+    train_cell(config(norm_mode="CN", scale=0.5, use_layer_norm=True))
     found = record(tmp_path / "run")
-    assert found["experiment"] == "gnn" and found["seed"] == 0 and found["config"]["norm_scale"] == 0.5
+    assert found["experiment"] == "gnn" and found["seed"] == 0 and found["config"]["scale"] == 0.5
     assert found["seconds"] > 0 and found["peak_rss_mb"] > 0 and found["parameters"] > 0
     assert "scale=0.5" in found["norm"] and "shared by all hidden layers" in found["norm"]
+
+
+def test_a_small_graph_is_trained_on_one_thread(config: Make, record: Read, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train_cell(config(epochs=1))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert json.loads((tmp_path / "run/env.json").read_text())["threads"] == 1
+    assert record(tmp_path / "run")["environment"]["threads"] == 1
+
+
+def test_a_large_graph_keeps_its_threads(config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "ONE_THREAD_BELOW", 60)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train_cell(config(epochs=1))
+    finally:
+        torch.set_num_threads(before)
+    assert json.loads((tmp_path / "run/env.json").read_text())["threads"] == 2
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -239,7 +268,7 @@ def test_nothing_is_left_behind_by_bad_graphs(
 def test_no_gpu(config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda: torch sees no GPU"):
-        training.train(config(device="cuda"))
+        train_cell(config(device="cuda"))
     assert not (tmp_path / "run").exists()
 
 
@@ -253,21 +282,10 @@ def test_exit_code_2_and_one_line(flags: str, python: str, tmp_path: Path) -> No
 
 
 def test_a_run_does_not_wait_for_libraries_that_it_does_not_use(python: str, tmp_path: Path, data_root: Path) -> None:
-    argv = [
-        "--data",
-        "texas",
-        "--data_root",
-        str(data_root),
-        "--epochs",
-        "1",
-        "--device",
-        "cpu",
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
+    argv = f"--data texas --data_root {data_root} --epochs 1 --device cpu --output_dir {tmp_path / 'out'}".split()
     unused = ("pandas", "transformers", "matplotlib", "submitit", "datasets", "sklearn", "timm")
     code = (
-        # Parsing needs no torch: a typing error is told at once.
+        # Parsing needs no torch: a typing error is reported at once.
         "import sys; import gnn.main, gnn.config; assert 'torch' not in sys.modules\n"
         f"gnn.main.main({argv!r})\n"
         f"print([name for name in {unused} if name in sys.modules])\n"

@@ -45,9 +45,11 @@ def test_what_a_run_writes_is_read_back(metrics, config):
     for name, value in metrics.items():
         read = row[f"metrics.{name}"]
         assert read == float(value) or (math.isnan(read) and math.isnan(value))
-    assert {name: row[f"config.{name}"] for name in ("seed", "rate", "name", "scale")} == {
-        "seed": config.seed, "rate": config.rate, "name": config.name, "scale": config.scale,
+    # A config's field has its own name, but where every record has a column of that name.
+    assert {name: row[name] for name in ("config.seed", "rate", "name", "config.scale")} == {
+        "config.seed": config.seed, "rate": config.rate, "name": config.name, "config.scale": config.scale,
     }  # fmt: skip
+    assert row["seed"] == config.seed and row["scale"] is None
     assert (row["experiment"], row["protocol"], row["selection"], row["parameters"]) == ("test", "p", "s", 7)
 
 

@@ -1,0 +1,74 @@
+"""The definition of the contrast term, the N x N matrix in memory, and its close kin: as attention, and over features.
+
+Shapes: `unit` x̂ and `values` v are (B, N, D); `keep` and `exclude` as in `contranorm.kernels.masks`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from contranorm.kernels.masks import kept_columns, softmax_or_zero, stored_entries
+
+
+def plain_contrast(
+    unit: Tensor,
+    values: Tensor,
+    *,
+    tau: float,
+    symmetric: bool,
+    keep: Tensor | None,
+    exclude: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A·v, or (A + softmax over columns)·v. The oracle for the other kernels."""
+    logits = product(unit, unit.mT, dtype) / tau  # (B, N, N)
+    if exclude is None and not symmetric:
+        if keep is not None:  # the rows that are not kept are not read: only columns need the mask
+            logits = logits.masked_fill(~kept_columns(keep)[:, None, :], -torch.inf)
+        return product(logits.softmax(dim=-1), values, dtype)
+    if keep is not None:
+        logits = logits.masked_fill(~(keep.unsqueeze(-1) & keep.unsqueeze(-2)), -torch.inf)
+    if exclude is not None:
+        logits = logits.masked_fill(stored_entries(exclude), -torch.inf)
+    weights = softmax_or_zero(logits, dim=-1)
+    if symmetric:
+        weights = weights + softmax_or_zero(logits, dim=-2)
+    return product(weights, values, dtype)
+
+
+def sdpa_contrast(unit: Tensor, values: Tensor, *, tau: float, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A·v as attention with q = k = x̂, v = values and scale 1/τ: flash kernels where torch has them."""
+    allowed = None if keep is None else kept_columns(keep)[:, None, None, :]
+    q, v = unit.to(dtype).unsqueeze(1), values.to(dtype).unsqueeze(1)  # (B, 1, N, D): one head
+    return F.scaled_dot_product_attention(q, q, v, attn_mask=allowed, scale=1 / tau).squeeze(1).to(values.dtype)
+
+
+def feature_contrast(unit: Tensor, values: Tensor, *, tau: float, symmetric: bool, keep: Tensor | None) -> Tensor:
+    """v·softmax_rows(x̂ᵀx̂ / τ), similarities over the kept rows only; (B, N, D)."""
+    dtype = product_dtype(unit)
+    if keep is not None:
+        unit = unit * keep.unsqueeze(-1)
+    with torch.autocast(unit.device.type, enabled=False):
+        logits = unit.mT @ unit / tau  # (B, D, D); not bounded by 1/τ, so its rounding would not be either
+        weights = logits.softmax(dim=-1)
+        if symmetric:
+            weights = weights + logits.softmax(dim=-2)
+        return product(values, weights, dtype)
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """A b with factors rounded to `dtype`, in the dtype of a."""
+    return a @ b if dtype == a.dtype else (a.to(dtype) @ b.to(dtype)).to(a.dtype)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Type of the factors of the matrix products: autocast's where the machine multiplies it in hardware, else x's."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    low = torch.get_autocast_dtype(device)
+    if device == "cpu" and not (low == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):
+        return x.dtype  # emulated bfloat16 products are several times slower than float32 ones
+    return low
