@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from repro.config import CellLabel, RunConfig
 from repro.errors import UserError
 from repro.report.records import comparable, find_records, load_records
 from repro.run.run import Run
@@ -20,13 +21,14 @@ from repro.run.run import Run
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-(2**53), 2**53)
 
 
-@dataclass
-class Config:
-    output_dir: str
-    seed: int
+@dataclass(kw_only=True)
+class Config(RunConfig):
     rate: float
     name: str
     scale: float | None
+
+    def label(self) -> CellLabel:
+        return CellLabel(data="d", model="m", method="vanilla")
 
 
 @settings(max_examples=25, deadline=None)
