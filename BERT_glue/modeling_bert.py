@@ -1,6 +1,6 @@
 """BERT with ContraNorm at named sites: the layer is restated, everything else is transformers' own.
 
-No parameter is added: state-dict keys are vanilla BERT's, and any BERT checkpoint loads.
+No parameter is added (but for `learnable`): state-dict keys are vanilla BERT's, and any BERT checkpoint loads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from transformers.models.bert.modeling_bert import BertLayer
 from transformers.pytorch_utils import apply_chunking_to_forward
 
 from BERT_glue.configuration import ContraNormBertConfig
-from BERT_glue.sites import Sites, token_mask_of
+from BERT_glue.modeling import WithContraNormBody, WithTokenMask, register
+from BERT_glue.sites import Sites
 
 
 class ContraNormBertLayer(BertLayer):
@@ -66,7 +67,7 @@ class ContraNormBertLayer(BertLayer):
         return self.output.dropout(self.output.dense(self.intermediate(x)))
 
 
-class ContraNormBertModel(BertModel):
+class ContraNormBertModel(WithTokenMask, BertModel):
     """BertModel whose layers carry ContraNorm."""
 
     config_class = ContraNormBertConfig
@@ -78,48 +79,28 @@ class ContraNormBertModel(BertModel):
         self.encoder.layer = nn.ModuleList(layers)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As BertModel; the tokenizer's mask goes to every layer besides the backend's."""
-        kwargs["token_mask"] = token_mask_of(self.config, attention_mask)
-        return super().forward(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
 
-
-class ContraNormBertForSequenceClassification(BertForSequenceClassification):
+class ContraNormBertForSequenceClassification(WithContraNormBody, BertForSequenceClassification):
     """ContraNorm-BERT with a classification or regression head on the pooled first token."""
 
-    config_class = ContraNormBertConfig
-
-    def __init__(self, config: ContraNormBertConfig) -> None:
-        super().__init__(config)
-        self.bert = ContraNormBertModel(config)
-        self.post_init()
+    config_class, body_class = ContraNormBertConfig, ContraNormBertModel
 
 
-class ContraNormBertForMaskedLM(BertForMaskedLM):
+class ContraNormBertForMaskedLM(WithContraNormBody, BertForMaskedLM):
     """ContraNorm-BERT with the masked-language-model head."""
 
-    config_class = ContraNormBertConfig
-
-    def __init__(self, config: ContraNormBertConfig) -> None:
-        super().__init__(config)
-        self.bert = ContraNormBertModel(config, add_pooling_layer=False)
-        self.post_init()
+    config_class, body_class = ContraNormBertConfig, ContraNormBertModel
 
 
-class ContraNormBertForTokenClassification(BertForTokenClassification):
+class ContraNormBertForTokenClassification(WithContraNormBody, BertForTokenClassification):
     """ContraNorm-BERT with a classification head on every token."""
 
-    config_class = ContraNormBertConfig
+    config_class, body_class = ContraNormBertConfig, ContraNormBertModel
 
-    def __init__(self, config: ContraNormBertConfig) -> None:
-        super().__init__(config)
-        self.bert = ContraNormBertModel(config, add_pooling_layer=False)
-        self.post_init()
+
+register(
+    ContraNormBertModel,
+    ContraNormBertForSequenceClassification,
+    ContraNormBertForMaskedLM,
+    ContraNormBertForTokenClassification,
+)

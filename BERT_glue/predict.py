@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from BERT_glue.data import Task
+from BERT_glue.tasks import Task
 from repro.files import write_atomic
 
 
@@ -31,20 +31,8 @@ def tsv(predictions: Tensor, task: Task, file: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_predictions(folder: Path, predictions: dict[str, Tensor], task: Task) -> list[Path]:
-    """Write one TSV per test set.
-
-    Args:
-        folder: made if missing.
-        predictions: file name without .tsv → predictions (rows,).
-        task: gives labels their names.
-
-    Returns:
-        The files.
-    """
+def write_predictions(folder: Path, predictions: dict[str, Tensor], task: Task) -> None:
+    """Write one TSV per test set; `predictions` are by file name without .tsv, (rows,) each."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
     for name, values in predictions.items():
-        files.append(folder / f"{name}.tsv")
-        write_atomic(files[-1], tsv(values, task, name).encode())
-    return files
+        write_atomic(folder / f"{name}.tsv", tsv(values, task, name).encode())

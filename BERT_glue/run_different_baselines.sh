@@ -2,7 +2,7 @@
 # GLUE with BERT: tasks x {vanilla, ContraNorm at several scales} x seeds, one command per line, through repro.sweep.
 #   bash BERT_glue/run_different_baselines.sh --dry-run
 #   MODEL=minilm TASKS="rte mrpc" SCALES="0.005 0.01" SEEDS="0 1 2" bash BERT_glue/run_different_baselines.sh
-# Done cells are skipped. Arguments go to repro.sweep.
+# Cells that are done are skipped. Arguments go to repro.sweep.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
@@ -15,17 +15,11 @@ SITES="${SITES:-attention_sum}"                          # names separated by co
 SEEDS="${SEEDS:-2021}"
 FLAGS="${FLAGS:-}"                                       # appended to every line, e.g. "--include_padding"
 RESULTS="${RESULTS:-results/table1/runs}"
+RECORDS="${RECORDS-$(compgen -G 'results/table1/*.jsonl' | paste -sd, || true)}" # records whose cells are not run again, by commas
 
-cells() {
-    local task scale seed line
-    for task in $TASKS; do for scale in $SCALES; do for seed in $SEEDS; do
-        line="python -m BERT_glue.run_glue_no_trainer --config $CONFIG --model_name_or_path $MODEL --task_name $task"
-        if [ "$scale" = vanilla ]; then
-            echo "$line --pos 0 --seed $seed $FLAGS"
-        else
-            echo "$line --sites $SITES --scale $scale --seed $seed $FLAGS"
-        fi
-    done; done; done
-}
-
-cells | "$PYTHON" -m repro.sweep --results "$RESULTS" --jobs "${JOBS:-2}" --cluster "${CLUSTER:-local}" "$@"
+for task in $TASKS; do for scale in $SCALES; do for seed in $SEEDS; do
+    if [ "$scale" = vanilla ]; then site="--pos 0"; else site="--sites $SITES --scale $scale"; fi
+    echo "python -m BERT_glue.main --config $CONFIG --model_name_or_path $MODEL --task_name $task $site --seed $seed $FLAGS"
+done; done; done |
+    "$PYTHON" -m repro.sweep --results "$RESULTS" ${RECORDS:+--records "[$RECORDS]"} --jobs "${JOBS:-2}" \
+        --cluster "${CLUSTER:-local}" "$@"

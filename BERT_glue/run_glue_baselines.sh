@@ -36,5 +36,5 @@ esac
 words="$(basename "$MODEL")-$TASK-$name$(printf '%s' "$*" | tr -cs 'A-Za-z0-9.' '_')"
 OUTPUT_DIR="${OUTPUT_DIR:-out/glue/$words}"
 
-exec "$PYTHON" -m BERT_glue.run_glue_no_trainer --config "$CONFIG" --model_name_or_path "$MODEL" --task_name "$TASK" \
+exec "$PYTHON" -m BERT_glue.main --config "$CONFIG" --model_name_or_path "$MODEL" --task_name "$TASK" \
     "${site[@]}" --output_dir "$OUTPUT_DIR" "$@"

@@ -1,4 +1,4 @@
-"""Where ContraNorm can stand in a transformer layer: names, the reference's digits, and the module for it."""
+"""Where ContraNorm can stand in a transformer layer: names, the released code's digits, and the module for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from contranorm import contra_norm
+from contranorm import ContraStep
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -35,16 +35,7 @@ DIGITS = {
         7: "attention_sum",
         8: "ffn_sum",
     },
-    "albert": {
-        1: "layer_input",
-        2: "attention_context",
-        3: "attention_output",
-        4: "attention_sum",
-        5: "attention_norm",
-        6: "ffn_output",
-        7: "ffn_sum",
-        8: "ffn_norm",
-    },
+    "albert": dict(enumerate(SITES, start=1)),  # in the order in which a block meets them
 }
 
 
@@ -63,8 +54,8 @@ def check_settings(config: PretrainedConfig) -> None:
         raise ValueError("sites without scale: ContraNorm's step size has no default, give scale=0.01 or the like")
     if not config.tau > 0:
         raise ValueError(f"tau must be > 0, got {config.tau}")
-    if config.axis not in ("tokens", "features"):
-        raise ValueError(f"axis must be 'tokens' or 'features', got {config.axis!r}")
+    if config.positive and not (config.learnable and (config.scale or 0) > 0):
+        raise ValueError("positive trains the step's logarithm: it needs learnable=True and scale > 0")
     in_chunks = [site for site in config.sites if site in FEED_FORWARD_SITES]
     if config.chunk_size_feed_forward > 0 and in_chunks:
         raise ValueError(
@@ -75,28 +66,16 @@ def check_settings(config: PretrainedConfig) -> None:
         raise ValueError("ContraNorm mixes all tokens of a sequence, later ones too: it cannot stand in a decoder")
 
 
-class ContraNormSite(nn.Module):
-    """ContraNorm's step at one site, without a LayerNorm of its own and without parameters."""
-
-    def __init__(self, config: PretrainedConfig) -> None:
-        super().__init__()
-        self.scale, self.tau = config.scale, config.tau
-        self.axis, self.identity = config.axis, config.identity
-
-    def forward(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
-        """(B, N, D) → (B, N, D); token_mask (B, N) is True for the tokens that take part, None for all."""
-        return contra_norm(x, self.scale, tau=self.tau, identity=self.identity, axis=self.axis, mask=token_mask)
-
-    def extra_repr(self) -> str:
-        """The settings."""
-        return f"scale={self.scale}, tau={self.tau}, axis={self.axis}, identity={self.identity}"
+def site_step(config: PretrainedConfig) -> ContraStep:
+    """ContraNorm's step at one site, without a LayerNorm of its own; its only parameter is a learnable step."""
+    return ContraStep(config.scale, dim=config.hidden_size, **config.switches())
 
 
 class Sites(nn.ModuleDict):
     """The sites of one layer that are on, by name; calling it at a site that is off returns x itself."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        super().__init__({site: ContraNormSite(config) for site in config.sites})
+        super().__init__({site: site_step(config) for site in config.sites})
 
     def forward(self, site: str, x: Tensor, token_mask: Tensor | None) -> Tensor:
         """The features after the named site; (B, N, D)."""

@@ -1,5 +1,1 @@
-"""DeiT trained from scratch with ContraNorm. Importing this package registers its models with timm."""
-
-from ViT_imagenet import models
-
-__all__ = ["models"]
+"""DeiT trained from scratch with ContraNorm. Importing `ViT_imagenet.models` registers its models with timm."""

@@ -3,43 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from repro.config import default_data_root
+from contranorm.options import ContraNormOptions
+from repro.config import CellLabel, RunConfig
 
 FUSED_OPTIMIZERS = ("adam", "adamw", "sgd")
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(ContraNormOptions, RunConfig):
     """Training, evaluation and fine-tuning of DeiT with or without ContraNorm."""
 
-    output_dir: str
-    """Folder of this run; the same command with the same folder goes on or says that it is done."""
+    EXECUTION_FIELDS: ClassVar[tuple[str, ...]] = (
+        *RunConfig.EXECUTION_FIELDS, "implementation", "data_path", "download", "num_workers", "cache", "cpu",
+        "channels_last", "fused_optimizer", "checkpoint_every", "eval_every", "probe",
+    )  # fmt: skip
 
     # -- model
     model: str = "deit_tiny_patch16_224"
     """timm name of the DeiT, without suffix: --norm decides which norms it gets."""
     depth: int = 12
     """Blocks. The paper trains 12, 16 and 24."""
-    norm: Literal["contra", "layer"] = "contra"
-    """contra puts ContraNorm at every norm; layer is the vanilla DeiT. --scale 0 is refused: it would be a
-    second, hidden name for layer."""
-    scale: float | None = None
-    """ContraNorm's step s. No default: a no-op default trained vanilla models unnoticed."""
-    temp: float = 1.0
-    """ContraNorm's temperature tau. 1 in the paper."""
-    identity: bool = False
-    """(1+s)x - sAx in place of Eq. 6's x - sAx, which the paper uses for images."""
-    dual_norm: bool = False
-    """Symmetric form: softmax over rows plus softmax over columns. An ablation."""
-    pre_norm: bool = False
-    """Unit rows in place of x inside the contrast step. An ablation."""
-    learnable: bool = False
-    """Train one step per feature, from --scale on. An ablation."""
-    positive: bool = False
-    """With --learnable: train the step's logarithm, so that it stays positive."""
-    last_norm: Literal["contra", "layer"] = "contra"
+    norm: Literal["contra", "vanilla"] = "contra"
+    """contra puts ContraNorm at every norm; vanilla is the DeiT as published. --scale 0 is refused: it would be a
+    second, hidden name for vanilla."""
+    last_norm: Literal["contra", "vanilla"] = "contra"
     """The final norm. contra as in the reference: `every` norm of the network."""
     input_size: int | None = None
     """Image side in pixels; by default the one in the model's name. The patch size must divide it."""
@@ -52,21 +41,21 @@ class Config:
     data_path: str | None = None
     """Folder of the data set: train/ and val/ image folders, or train-*.parquet and test-* or validation-*.parquet. By
     default the data set's folder below --data_root."""
-    data_root: str = default_data_root()
-    """Folder that holds all data sets: $CONTRANORM_DATA, else data/."""
     data_set: Literal["IMNET", "IMNET100", "CIFAR10", "CIFAR", "CIFAR100", "TINY", "FOLDER"] = "IMNET"
-    """IMNET100 needs a folder of just its 100 classes, or --class-list. CIFAR is CIFAR100, as in DeiT."""
+    """IMNET100 is the 100 classes of imagenet100_classes.txt, in a folder with these or all of ImageNet. CIFAR is
+    CIFAR100, as in DeiT."""
     class_list: str | None = None
-    """File with one class folder (WordNet id) a line: only these are used, in sorted order."""
+    """File with one class folder (WordNet id) per line: only these are used, in sorted order; `all` uses every folder
+    there. Unset: imagenet100_classes.txt for IMNET100, else all."""
     download: bool = False
     """Let torchvision download CIFAR into --data-path when it is not there."""
     on_bad_image: Literal["fail", "skip"] = "fail"
-    """An image that cannot be decoded: stop, or name it, count it, and go on (training takes the next image in its
-    place, evaluation leaves it out)."""
+    """An image that cannot be decoded: stop, or name it, count it, and continue (training takes the next image
+    instead, evaluation leaves it out)."""
     max_train_samples: int | None = None
-    """Train on that many images, drawn once, the same for every seed."""
+    """Train on this many images, drawn once, the same for every seed."""
     max_test_samples: int | None = None
-    """Evaluate on that many images, drawn once. The record's protocol says so."""
+    """Evaluate on this many images, drawn once. The record's protocol says so."""
     cache: bool = False
     """Decode every image once and keep the pixels: for data sets of small images of one size that fit in memory."""
     num_workers: int = 10
@@ -100,7 +89,7 @@ class Config:
     opt_betas: tuple[float, float] = (0.9, 0.999)
     """Betas of the Adam family."""
     momentum: float = 0.9
-    """For the optimizers that have it (sgd)."""
+    """For the optimizers that use it (sgd)."""
     weight_decay: float = 0.05
     """Not on biases, norms, tokens and position embeddings. DeiT's value."""
     clip_grad: float | None = None
@@ -109,8 +98,6 @@ class Config:
     """Keep an exponential moving average of the weights and evaluate it too."""
     model_ema_decay: float = 0.99996
     """DeiT's value, for 300 epochs of ImageNet: short runs need a smaller one."""
-    seed: int = 0
-    """Of the weights, the order of the images, their augmentation, Mixup, dropout and stochastic depth."""
 
     # -- augmentation
     repeated_aug: bool = True
@@ -164,8 +151,8 @@ class Config:
     reset_head: bool = False
     """With --finetune or --pretrained: a new head for a data set with other classes."""
     resume: str | None = None
-    """A run folder, checkpoint folder or weights file to go on from. A run needs no such flag to go on in its own
-    --output_dir."""
+    """A run folder, checkpoint folder or weights file to resume from. A run resumes in its own --output_dir without
+    this flag."""
     eval: bool = False
     """Only evaluate the weights given by --resume, --finetune or --pretrained."""
 
@@ -177,27 +164,26 @@ class Config:
     fused_optimizer: bool = True
     """One kernel for the whole optimizer step, for adam, adamw and sgd."""
     cpu: bool = False
-    """Stay on the CPU although there is a GPU."""
+    """Use the CPU even where there is a GPU."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 saves at the end of each epoch."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
-    report_to: str = "none"
-    """Also log to tensorboard, wandb, trackio or mlflow, whichever is installed; metrics.jsonl is always written."""
     probe: bool = False
     """At the end, record the collapse metrics after every block on one batch of evaluation images."""
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
-        if self.norm == "contra" and not self.scale:
-            raise ValueError("--norm contra needs a step: --scale 0.1, say; for the vanilla DeiT give --norm layer")
-        if self.norm == "layer":
-            given = [
-                n for n in ("scale", "identity", "dual_norm", "pre_norm", "learnable", "positive") if getattr(self, n)
-            ]
-            if given:
-                raise ValueError(f"--norm layer has no ContraNorm, so --{given[0]} has no meaning: drop one of the two")
-            self.last_norm = "layer"
+        if self.norm == "contra":
+            if not self.scale:
+                raise ValueError("--norm contra needs a step, such as --scale 0.1; the vanilla DeiT is --norm vanilla")
+            self.identity = bool(self.identity)  # Eq. 6 unless asked for: the released form for images
+        else:
+            if given := [name for name in self.changed_switches() if getattr(self, name)]:
+                raise ValueError(f"--norm vanilla has no ContraNorm, so --{given[0]} has no meaning: drop one of them")
+            self.last_norm = "vanilla"
+        if self.data_set == "CIFAR":
+            self.data_set = "CIFAR100"
         if self.positive and not (self.learnable and (self.scale or 0) > 0):
             raise ValueError("--positive needs --learnable and a --scale above 0")
         for name in ("depth", "epochs", "batch_size", "accumulate", "eval_every", "recount"):
@@ -211,7 +197,7 @@ class Config:
                 raise ValueError(f"--{name} must be between 0 and 1, got {getattr(self, name)}")
         if not 0 <= self.smoothing < 1 or not 0 <= self.model_ema_decay < 1:
             raise ValueError("--smoothing and --model_ema_decay must be at least 0 and below 1")
-        for name in ("temp", "lr", "eval_crop_ratio", "distillation_tau"):
+        for name in ("tau", "lr", "eval_crop_ratio", "distillation_tau"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
         for name in ("max_train_samples", "max_test_samples", "input_size", "clip_grad"):
@@ -233,6 +219,14 @@ class Config:
             raise ValueError("--resume, --finetune and --pretrained are different starting points: give one")
         if self.class_list and self.data_set not in ("IMNET", "IMNET100", "FOLDER"):
             raise ValueError(f"--class_list chooses class folders; --data_set {self.data_set} has none")
+
+    def label(self) -> CellLabel:
+        """Data set, model and depth; vanilla, or ContraNorm with its step."""
+        cell = {"data": self.data_set, "model": self.model, "depth": self.depth, "scale": self.scale}
+        if self.norm == "vanilla" or self.scale is None:
+            return CellLabel(**cell, method="vanilla")
+        name = "D-ContraNorm" if self.axis == "features" else "ContraNorm"
+        return CellLabel(**cell, method=f"{name} s={self.scale:g}", order=(1, self.scale))
 
     @property
     def mixes(self) -> bool:

@@ -6,7 +6,6 @@ the note comes from the records.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from matplotlib import pyplot as plt
 from repro.config import parse_config
 from repro.errors import UserError, run_main
 from repro.files import write_atomic
+from repro.report.records import iterate_records
 
 
 @dataclass
@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the note."""
     config = parse_config(Config, argv, prog="ViT_imagenet.curves", description=str(__doc__))
     folder = Path(config.runs)
-    records = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/record.json"))}
-    if not records:
+    if not any(folder.glob("*/record.json")):
         raise UserError(f"--runs {folder}: no */record.json there")
+    records = {Path(where).parent.name: record for where, record in iterate_records([folder / "*" / "record.json"])}
     curves = pd.concat(
         [pd.read_json(folder / name / "metrics.jsonl", lines=True).assign(run=name) for name in records],
         ignore_index=True,
@@ -70,9 +70,7 @@ def table(records: dict[str, Any]) -> pd.DataFrame:
     for name, record in records.items():
         row = {
             "run": name,
-            "norm": "LayerNorm"
-            if record["config"]["norm"] == "layer"
-            else f"ContraNorm, s = {record['config']['scale']}",
+            "method": record["cell"]["method"],
             "test accuracy": f"{record['metrics']['test_accuracy']:.4f}",
             "images/s (wall)": f"{record['images_per_second']:.0f}",
             "images per processor second": f"{record['images_per_processor_second']:.0f}",
@@ -80,15 +78,14 @@ def table(records: dict[str, Any]) -> pd.DataFrame:
             "wall seconds": f"{record['seconds']:.0f}",
         }
         if "collapse" in record:
-            last = record["collapse"][-1]
-            row["mean cosine, last block"] = f"{last['mean_cosine']:.3f}"
-            row["effective rank, last block"] = f"{last['effective_rank']:.1f}"
+            row["mean cosine, last block"] = f"{record['collapse']['mean_cosine'][-1]:.3f}"
+            row["effective rank, last block"] = f"{record['collapse']['effective_rank'][-1]:.1f}"
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def note(records: dict[str, Any]) -> str:
-    """The Markdown note; one seed each, so it says what that is worth."""
+    """The Markdown note; it says what a single seed is worth."""
     frame = table(records)
     lines = ["| " + " | ".join(frame.columns) + " |", "|" + "---|" * len(frame.columns)]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in frame.itertuples(index=False)]

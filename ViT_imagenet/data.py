@@ -1,13 +1,15 @@
-"""The image data sets: where they lie, what their classes are, and their raw images by number."""
+"""The image data sets: where they are, what their classes are, and their images by number."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import numpy as np
@@ -21,13 +23,18 @@ from ViT_imagenet.config import Config
 # Folder of each data set below --data_root; the first that exists is taken.
 PLACES = {
     "IMNET": ("images/imagenet", "imagenet"),
-    "IMNET100": ("images/imagenet100", "imagenet100", "images/tiny_imagenet_100"),
+    "IMNET100": ("images/imagenet100", "imagenet100", "images/imagenet", "imagenet"),
     "CIFAR10": ("images/cifar10", "cifar10"),
     "CIFAR100": ("images/cifar100", "cifar100"),
     "TINY": ("images/tiny_imagenet", "images/tiny_imagenet_100", "tiny-imagenet-200"),
     "FOLDER": (),
 }
 SPLITS = {"train": ("train",), "eval": ("val", "validation", "test")}
+# ImageNet-100 as in "Contrastive Multiview Coding" (Tian, Krishnan, Isola): imagenet100.txt of HobbitLong/CMC.
+# ContraNorm's authors use the same classes in PKU-ML/Message-Passing-Contrastive-Learning.
+IMAGENET100 = Path(__file__).with_name("imagenet100_classes.txt")
+IMAGENET100_SHA256 = "5ee5db69d488bb799a286d8e181801c3d02798776c1ce9203e5450f64e086e07"
+WORDNET_ID = re.compile(r"n\d{8}")
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
@@ -35,18 +42,19 @@ class BadImageError(Exception):
     """An image that cannot be decoded; the message names it."""
 
 
-class ImageSource(Protocol):
+class ImageSource:
     """Images by number, undecoded until asked for."""
 
-    classes: list[str]
+    def __init__(self, classes: list[str], labels: Sequence[int] | np.ndarray) -> None:
+        self.classes = classes
+        self.labels = np.asarray(labels, dtype=np.int64)
 
     def __len__(self) -> int:
-        """Number of images."""
-        ...
+        return len(self.labels)
 
     def label(self, index: int) -> int:
         """Class number of an image, without decoding it."""
-        ...
+        return int(self.labels[index])
 
     def image(self, index: int) -> Image.Image:
         """The image as RGB.
@@ -54,7 +62,7 @@ class ImageSource(Protocol):
         Raises:
             BadImageError: it cannot be decoded.
         """
-        ...
+        raise NotImplementedError
 
 
 def _decode(data: Any, name: str) -> Image.Image:
@@ -65,20 +73,12 @@ def _decode(data: Any, name: str) -> Image.Image:
         raise BadImageError(f"{name} ({error})") from error
 
 
-class Files:
+class Files(ImageSource):
     """Images in files."""
 
     def __init__(self, samples: Sequence[tuple[str, int]], classes: list[str]) -> None:
-        self.classes = classes
+        super().__init__(classes, [label for _, label in samples])
         self._paths = np.array([os.fsencode(path) for path, _ in samples])  # one block that workers share
-        self._labels = np.array([label for _, label in samples], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def label(self, index: int) -> int:
-        """Class number."""
-        return int(self._labels[index])
 
     def image(self, index: int) -> Image.Image:
         """The decoded file."""
@@ -86,16 +86,16 @@ class Files:
         return _decode(path, path)
 
 
-class Parquet:
+class Parquet(ImageSource):
     """Parquet files in the Hugging Face image schema: a column of encoded images and one of class labels."""
 
     def __init__(self, files: list[Path]) -> None:
         try:
             table = datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train")
-        except Exception as error:  # a damaged file is told in one of many types, by pyarrow or by datasets
-            told = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        except Exception as error:  # pyarrow and datasets raise many types for a damaged file
+            reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
             names = files[0] if len(files) == 1 else f"{files[0].parent}/{files[0].name} and {len(files) - 1} more"
-            raise UserError(f"{names}: not readable as parquet ({told[0]}): fetch the original again") from error
+            raise UserError(f"{names}: not readable as parquet ({reason[0]}): fetch the original again") from error
         features = table.features
         images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
         labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
@@ -103,22 +103,14 @@ class Parquet:
             raise UserError(
                 f"{files[0]}: needs one Image and one ClassLabel column, has {dict(features)}: not an image data set"
             )
-        self.classes = list(features[labels[0]].names)
         self._name = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
         if any(label is None for label in table[labels[0]]):
             raise UserError(f"{self._name}: rows without a label")
-        self._labels = np.asarray(table[labels[0]], dtype=np.int64)
+        super().__init__(list(features[labels[0]].names), table[labels[0]])
         self._images = table.cast_column(images[0], datasets.Image(decode=False)).select_columns(images)
         self._column = images[0]
-        if len(self._labels) and not 0 <= self._labels.min() <= self._labels.max() < len(self.classes):
+        if len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise UserError(f"{self._name}: labels outside 0..{len(self.classes) - 1}")
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def label(self, index: int) -> int:
-        """Class number."""
-        return int(self._labels[index])
 
     def image(self, index: int) -> Image.Image:
         """The decoded row."""
@@ -126,51 +118,36 @@ class Parquet:
         return _decode(io.BytesIO(data or b""), f"{self._name}, row {index}")
 
 
-class Arrays:
+class Arrays(ImageSource):
     """Images that are decoded already: (N, H, W, 3) uint8."""
 
     def __init__(self, images: np.ndarray, labels: Sequence[int], classes: list[str]) -> None:
-        self.classes = classes
+        super().__init__(classes, labels)
         self._images = images
-        self._labels = np.asarray(labels, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def label(self, index: int) -> int:
-        """Class number."""
-        return int(self._labels[index])
 
     def image(self, index: int) -> Image.Image:
         """The pixels as an image."""
         return Image.fromarray(self._images[index])
 
 
-class Subset:
+class Subset(ImageSource):
     """The images of `source` with the numbers in `order`."""
 
     def __init__(self, source: ImageSource, order: Sequence[int]) -> None:
-        self.classes = source.classes
         self.source = source
         self.order = np.asarray(order, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def label(self, index: int) -> int:
-        """Class number."""
-        return self.source.label(int(self.order[index]))
+        super().__init__(source.classes, source.labels[self.order])
 
     def image(self, index: int) -> Image.Image:
         """The image."""
         return self.source.image(int(self.order[index]))
 
 
-class Cached:
+class Cached(ImageSource):
     """Every image decoded once and kept: N·H·W·3 bytes, which forked workers share. Bad ones stay undecoded."""
 
     def __init__(self, source: ImageSource) -> None:
-        self.classes = source.classes
+        super().__init__(source.classes, source.labels)
         self.source = source
         self._bad: set[int] = set()
         self._pixels: np.ndarray | None = None
@@ -189,15 +166,8 @@ class Cached:
                 )
             self._pixels[index] = pixels
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def label(self, index: int) -> int:
-        """Class number."""
-        return self.source.label(index)
-
     def image(self, index: int) -> Image.Image:
-        """The kept pixels, or the source's complaint."""
+        """The kept pixels, or the source's error."""
         if self._pixels is None or index in self._bad:
             return self.source.image(index)
         return Image.fromarray(self._pixels[index])
@@ -224,7 +194,7 @@ def load_data(config: Config) -> ImageData:
     Raises:
         UserError: it is not there, its folders do not fit, a class is empty.
     """
-    name = {"CIFAR": "CIFAR100"}.get(config.data_set, config.data_set)
+    name = config.data_set
     folder = _folder(config, name)
     test_split, train, test = _read(config, name, folder)
     if train.classes != test.classes:
@@ -233,9 +203,7 @@ def load_data(config: Config) -> ImageData:
             f"{folder}: train has {len(train.classes)} classes, {test_split} {len(test.classes)}; see {odd[:3]}"
         )
     if name == "IMNET100" and len(train.classes) != 100:
-        raise UserError(
-            f"{folder} has {len(train.classes)} classes, IMNET100 has 100: give --class-list FILE (a WordNet id a line)"
-        )
+        raise UserError(f"{folder} has {len(train.classes)} classes, IMNET100 has 100: give another --data-path")
     train, test = _limit(train, config.max_train_samples), _limit(test, config.max_test_samples)
     if config.cache:
         train, test = Cached(train), Cached(test)
@@ -264,9 +232,13 @@ def _read(config: Config, name: str, folder: Path) -> tuple[str, ImageSource, Im
         split = next((s for s in SPLITS["eval"] if parquet[s]), None)
         if split is None:
             raise UserError(f"{folder}: train-*.parquet is there, but neither validation-*.parquet nor test-*.parquet")
-        if config.class_list:
+        if config.class_list not in (None, "all"):
             raise UserError(f"--class_list chooses class folders; {folder} holds parquet files")
-        return split, Parquet(parquet["train"]), Parquet(parquet[split])
+        train = Parquet(parquet["train"])
+        checked = name == "IMNET100" and config.class_list is None
+        if checked and all(WORDNET_ID.fullmatch(label) for label in train.classes):  # other names say nothing
+            _imagenet100(set(train.classes), folder)
+        return split, train, Parquet(parquet[split])
     if name in ("CIFAR10", "CIFAR100") and not (folder / "train").is_dir():
         return "test", *_torchvision_cifar(name, folder, config.download)
     split = next((s for s in SPLITS["eval"] if (folder / s).is_dir()), None)
@@ -274,23 +246,43 @@ def _read(config: Config, name: str, folder: Path) -> tuple[str, ImageSource, Im
         raise UserError(
             f"{folder}: needs train/ and val/ folders, or train-*.parquet and validation-* or test-*.parquet"
         )
-    chosen = _class_list(config.class_list)
-    train = _image_folder(folder / "train", chosen)
+    chosen = _chosen_classes(config.class_list, name, folder / "train")
+    images = _image_folder(folder / "train", chosen)
     annotations = folder / split / "val_annotations.txt"
     if annotations.exists():  # Tiny-ImageNet's own layout: val/images/*.JPEG with a table of labels
-        return split, train, _annotated(annotations, train.classes)
-    return split, train, _image_folder(folder / split, chosen)
+        return split, images, _annotated(annotations, images.classes)
+    return split, images, _image_folder(folder / split, chosen)
 
 
-def _class_list(path: str | None) -> list[str] | None:
-    if path is None:
+def _chosen_classes(class_list: str | None, name: str, folder: Path) -> list[str] | None:
+    """The class folders to use, sorted; None is every one of `folder`."""
+    if class_list == "all" or (class_list is None and name != "IMNET100"):
         return None
+    if class_list is not None:
+        return _read_class_list(Path(class_list))
+    return _imagenet100({path.name for path in folder.iterdir() if path.is_dir()}, folder)
+
+
+def _imagenet100(there: set[str], where: Path) -> list[str]:
+    """The shipped list, all of whose classes must be `there`."""
+    if hashlib.sha256(IMAGENET100.read_bytes()).hexdigest() != IMAGENET100_SHA256:
+        raise UserError(f"{IMAGENET100} is not the list that this repository ships: restore it, or give --class-list")
+    chosen = _read_class_list(IMAGENET100)
+    if missing := [name for name in chosen if name not in there]:
+        raise UserError(
+            f"{where} has {len(there)} classes and lacks {len(missing)} of ImageNet-100's (e.g. {missing[0]}): to use "
+            "100 other classes as they are, give --class-list all"
+        )
+    return chosen
+
+
+def _read_class_list(path: Path) -> list[str]:
     try:
-        names = Path(path).read_text(encoding="utf-8").split()
+        names = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--class-list {path}: not readable ({error})") from error
     if not names or len(set(names)) != len(names):
-        raise UserError(f"--class-list {path}: needs one class folder a line, each once")
+        raise UserError(f"--class-list {path}: needs one class folder per line, each once")
     return sorted(names)
 
 

@@ -1,6 +1,6 @@
 """Batches whose content is a function of (seed, epoch, step) alone.
 
-Every random draw has a seed of its own, derived from where it is used. Nothing is carried from one batch to the next:
+Every random draw has a seed of its own, derived from where it is used. No state passes from one batch to the next:
 the number of workers, of processes and of interruptions does not change what is trained on, and a resumed run needs no
 generator state.
 """
@@ -35,7 +35,7 @@ def derive_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-class Ticket(NamedTuple):
+class SampleRef(NamedTuple):
     """One sample to fetch: the image's number, and the seed of its augmentation (None in evaluation)."""
 
     index: int
@@ -47,36 +47,36 @@ class Sample(NamedTuple):
 
     image: Tensor  # (3, H, W)
     label: int
-    bad: str  # names of the images that could not be decoded, one a line; usually ""
+    bad: str  # names of the images that could not be decoded, one per line; usually ""
     usable: bool  # False: nothing to count (evaluation of a bad image)
 
 
 class Augmented(Dataset[Sample]):
-    """Decodes and transforms image `ticket.index`, in the worker process."""
+    """Decodes and transforms image `ref.index`, in the worker process."""
 
     def __init__(self, source: ImageSource, transform: T.Compose, size: int) -> None:
         self.source = source
         self.transform = transform
         self.size = size
 
-    def __getitem__(self, ticket: Ticket) -> Sample:
-        index, bad = ticket.index, []
+    def __getitem__(self, ref: SampleRef) -> Sample:
+        index, bad = ref.index, []
         for _ in range(_MAX_REPLACEMENTS):
             try:
                 image = self.source.image(index)
             except BadImageError as error:
                 bad.append(str(error))
-                if ticket.seed is None:
+                if ref.seed is None:
                     return Sample(torch.zeros(3, self.size, self.size), self.source.label(index), bad[0], False)
                 index = (index + 1) % len(self.source)
                 continue
-            if ticket.seed is not None:
-                seed_everything(ticket.seed)  # timm's and torchvision's transforms draw from all three generators
+            if ref.seed is not None:
+                seed_everything(ref.seed)  # timm's and torchvision's transforms draw from all three generators
             return Sample(self.transform(image), self.source.label(index), "\n".join(bad), True)
         raise UserError(f"{_MAX_REPLACEMENTS} images in a row cannot be decoded, the last one {bad[-1]}")
 
 
-class TrainBatches(Sampler[list[Ticket]]):
+class TrainBatches(Sampler[list[SampleRef]]):
     """The micro-batches of one process for one epoch, from `start_step` on.
 
     A step's effective batch of G images is cut into G / batch_size shares such that position p and its mirror image
@@ -121,16 +121,16 @@ class TrainBatches(Sampler[list[Ticket]]):
     def __len__(self) -> int:
         return (self.steps - self.start_step) * self.config.accumulate
 
-    def __iter__(self) -> Iterator[list[Ticket]]:
+    def __iter__(self) -> Iterator[list[SampleRef]]:
         order = self.order()
         seeds = np.random.SeedSequence((self.config.seed, self.epoch, 1)).generate_state(len(order))
         for step in range(self.start_step, self.steps):
             for micro in range(self.config.accumulate):
                 positions = [step * self.effective + p for p in self.share(micro * self.world + self.rank)]
-                yield [Ticket(order[p], int(seeds[p])) for p in positions]
+                yield [SampleRef(order[p], int(seeds[p])) for p in positions]
 
 
-class EvalBatches(Sampler[list[Ticket]]):
+class EvalBatches(Sampler[list[SampleRef]]):
     """Every image once: process `rank` of `world` takes each world-th."""
 
     def __init__(self, length: int, batch_size: int, rank: int, world: int) -> None:
@@ -140,9 +140,9 @@ class EvalBatches(Sampler[list[Ticket]]):
     def __len__(self) -> int:
         return -(-len(self.numbers) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[Ticket]]:
+    def __iter__(self) -> Iterator[list[SampleRef]]:
         for start in range(0, len(self.numbers), self.batch_size):
-            yield [Ticket(i, None) for i in self.numbers[start : start + self.batch_size]]
+            yield [SampleRef(i, None) for i in self.numbers[start : start + self.batch_size]]
 
 
 def train_transform(config: Config, size: int) -> T.Compose:
@@ -200,7 +200,7 @@ def _collate(samples: list[Sample]) -> Sample:
     )
 
 
-def make_loader(source: ImageSource, batches: Sampler[list[Ticket]], transform: T.Compose, size: int, config: Config,
+def make_loader(source: ImageSource, batches: Sampler[list[SampleRef]], transform: T.Compose, size: int, config: Config,
                 *, pin_memory: bool) -> DataLoader[Sample]:  # fmt: skip
     """A loader of collated `Sample`s, decoded and augmented in `config.num_workers` processes."""
     return DataLoader(

@@ -8,84 +8,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import fields
 from functools import partial
 from typing import Any, Literal
 
+import pandas as pd
 import timm
 import torch
-from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.deit import VisionTransformerDistilled, checkpoint_filter_fn
+from timm.models import VisionTransformer, build_model_with_cfg, deit, generate_default_cfgs, register_model
 from torch import nn
 
 from contranorm import CollapseProbe, ContraNorm, attention_similarity
-from contranorm.functional import Implementation
+from contranorm.options import ContraNormOptions
 
 SUFFIX = "_contranorm"
 LAYER_NORM_EPS = 1e-6  # DeiT's; torch's default is 1e-5
 # The norms of a DeiT that see all tokens of an image, (B, N, D). Any other one sees pooled or per-head tensors.
 TOKEN_NORMS = re.compile(r"norm|norm_pre|blocks\.\d+\.norm[12]")
-_IMAGENET = {
-    "pool_size": None,
-    "crop_pct": 0.9,
+_SWITCHES = {f.name for f in fields(ContraNormOptions)} - {"scale", "pre_norm"}  # timm has a pre_norm of its own
+_MICRO: dict[str, Any] = {
+    "num_classes": 1000,
+    "crop_pct": 1.0,
     "interpolation": "bicubic",
     "mean": timm.data.IMAGENET_DEFAULT_MEAN,
     "std": timm.data.IMAGENET_DEFAULT_STD,
     "first_conv": "patch_embed.proj",
-    "num_classes": 1000,
+    "classifier": "head",
 }
-
-
-@dataclass(frozen=True)
-class Size:
-    """Width and heads of one DeiT; a head has embed_dim / num_heads features."""
-
-    embed_dim: int
-    num_heads: int
-
-
-SIZES = {
-    "nano": Size(96, 3),  # nano and micro: for CPUs
-    "micro": Size(128, 4),
-    "tiny": Size(192, 3),
-    "small": Size(384, 6),
-    "base": Size(768, 12),
-}
-# (patch, image side) → the sizes that make sense there
-GRIDS = {
-    (16, 224): ("tiny", "small", "base"),
-    (16, 384): ("tiny", "small", "base"),
-    (4, 32): ("nano", "micro", "tiny"),
-    (8, 32): ("nano", "micro", "tiny"),
-    (4, 64): ("nano", "micro", "tiny"),
-    (8, 64): ("nano", "micro", "tiny"),
-}
-
-
-def contra_norm_layer(
-    scale: float,
-    *,
-    tau: float = 1.0,
-    identity: bool = False,
-    symmetric: bool = False,
-    pre_norm: bool = False,
-    learnable: bool = False,
-    positive: bool = False,
-    implementation: Implementation = "auto",
-) -> Callable[..., ContraNorm]:
-    """A `norm_layer` for any timm vision transformer, with DeiT's epsilon; arguments as in `ContraNorm`."""
-    return partial(
-        ContraNorm,
-        scale=scale,
-        tau=tau,
-        identity=identity,
-        symmetric=symmetric,
-        pre_norm=pre_norm,
-        learnable=learnable,
-        positive=positive,
-        implementation=implementation,
-        eps=LAYER_NORM_EPS,
-    )
+default_cfgs = generate_default_cfgs(  # of the models that timm does not have
+    {f"deit_micro_patch8_{side}": {**_MICRO, "input_size": (3, side, side)} for side in (32, 64)}
+)
 
 
 def contra_norm_sites(model: nn.Module) -> list[str]:
@@ -112,123 +64,97 @@ def _plain_final_norm(model: VisionTransformer) -> None:
     model.norm = plain
 
 
-def _build(name: str, arch: dict[str, Any], *, distilled: bool, pretrained: bool, **kwargs: Any) -> VisionTransformer:
-    model: VisionTransformer = build_model_with_cfg(
-        VisionTransformerDistilled if distilled else VisionTransformer,
-        name,
-        pretrained,
-        pretrained_filter_fn=partial(checkpoint_filter_fn, adapt_layer_scale=True),
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        **{**arch, **kwargs},
-    )
+def _with_contra_norm(
+    plain: Callable[..., VisionTransformer],
+    pretrained: bool,
+    *,
+    scale: float,
+    contra_pre_norm: bool = False,
+    last_norm: Literal["contra", "vanilla"] = "contra",
+    **kwargs: Any,
+) -> VisionTransformer:
+    """`plain` with ContraNorm in place of every LayerNorm.
+
+    Args:
+        plain: a DeiT's function.
+        pretrained: load timm's weights of the plain model: ContraNorm adds none, unless `learnable`.
+        scale: ContraNorm's step.
+        contra_pre_norm: ContraNorm's pre_norm; timm's own `pre_norm` adds a norm before the blocks.
+        last_norm: "vanilla" keeps the final norm plain.
+        **kwargs: ContraNorm's other switches; the rest goes to timm (depth=, num_classes=, img_size=, ...).
+    """
+    if kwargs.pop("norm_layer", None) is not None:
+        raise ValueError(
+            f"{plain.__name__}{SUFFIX} chooses its norm itself: give scale=, or norm_layer= to the plain model"
+        )
+    if kwargs.get("global_pool", "token") != "token":
+        raise ValueError(
+            f"global_pool={kwargs['global_pool']!r}: {plain.__name__}{SUFFIX} reads the class token; a pooled (B, D) "
+            "tensor would make ContraNorm mix the images of a batch"
+        )
+    if last_norm not in ("contra", "vanilla"):
+        raise ValueError(f"last_norm must be 'contra' or 'vanilla', got {last_norm!r}")
+    switches = {name: kwargs.pop(name) for name in _SWITCHES & kwargs.keys()}
+    norm = partial(ContraNorm, scale=scale, pre_norm=contra_pre_norm, eps=LAYER_NORM_EPS, **switches)
+    model = plain(pretrained, norm_layer=norm, **kwargs)
+    _refuse_other_sites(model)
+    if last_norm == "vanilla" and isinstance(model.norm, ContraNorm):
+        _plain_final_norm(model)
     return model
 
 
-def _plain_entry(name: str, arch: dict[str, Any], distilled: bool) -> Callable[..., VisionTransformer]:
-    def entry(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-        return _build(name, arch, distilled=distilled, pretrained=pretrained, **kwargs)
-
-    entry.__doc__ = f"Plain DeiT {name}."
-    entry.__name__ = entry.__qualname__ = name
-    return entry
+def _micro(name: str, side: int, pretrained: bool, **kwargs: Any) -> VisionTransformer:
+    size = {"img_size": side, "patch_size": 8, "embed_dim": 128, "depth": 12, "num_heads": 4}
+    model: VisionTransformer = build_model_with_cfg(VisionTransformer, name, pretrained, **{**size, **kwargs})
+    return model
 
 
-def _contranorm_entry(name: str, arch: dict[str, Any], distilled: bool) -> Callable[..., VisionTransformer]:
-    def entry(
-        pretrained: bool = False,
-        *,
-        scale: float,
-        tau: float = 1.0,
-        identity: bool = False,
-        symmetric: bool = False,
-        contra_pre_norm: bool = False,
-        learnable: bool = False,
-        positive: bool = False,
-        implementation: Implementation = "auto",
-        last_norm: Literal["contra", "layer"] = "contra",
-        **kwargs: Any,
-    ) -> VisionTransformer:
-        if kwargs.pop("norm_layer", None) is not None:
-            raise ValueError(f"{name} chooses its norm itself: give scale=..., or norm_layer= to the plain model")
-        if kwargs.get("global_pool", "token") != "token":
-            raise ValueError(
-                f"global_pool={kwargs['global_pool']!r}: {name} reads the class token; a pooled (B, D) tensor would "
-                "make ContraNorm mix the images of a batch"
-            )
-        if last_norm not in ("contra", "layer"):
-            raise ValueError(f"last_norm must be 'contra' or 'layer', got {last_norm!r}")
-        norm = contra_norm_layer(
-            scale,
-            tau=tau,
-            identity=identity,
-            symmetric=symmetric,
-            pre_norm=contra_pre_norm,
-            learnable=learnable,
-            positive=positive,
-            implementation=implementation,
-        )
-        model = _build(name, arch, distilled=distilled, pretrained=pretrained, norm_layer=norm, **kwargs)
-        _refuse_other_sites(model)
-        if last_norm == "layer" and isinstance(model.norm, ContraNorm):
-            _plain_final_norm(model)
-        return model
-
-    entry.__doc__ = (
-        f"{name.removesuffix(SUFFIX)} with ContraNorm in place of every LayerNorm.\n\n"
-        "`scale` is required; `tau`, `identity`, `symmetric`, `contra_pre_norm` (ContraNorm's pre_norm; timm's own "
-        "`pre_norm` adds a norm before the blocks), `learnable`, `positive` as in ContraNorm; `last_norm='layer'` "
-        "keeps the final norm plain. The rest goes to timm (depth=, num_classes=, img_size=, drop_path_rate=, ...)."
-    )
-    entry.__name__ = entry.__qualname__ = name
-    return entry
+@register_model
+def deit_micro_patch8_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """A DeiT for CPUs: 128 features, images of 32 x 32 pixels."""
+    return _micro("deit_micro_patch8_32", 32, pretrained, **kwargs)
 
 
-__all__ = [
-    "SUFFIX",
-    "collapse_by_block",
-    "contra_norm_layer",
-    "contra_norm_sites",
-    "image_side",
-]  # timm adds its models' names
-default_cfgs: dict[str, Any] = {}
+@register_model
+def deit_micro_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """A DeiT for CPUs: 128 features, images of 64 x 64 pixels."""
+    return _micro("deit_micro_patch8_64", 64, pretrained, **kwargs)
 
 
-def _register_all() -> None:
-    known = set(timm.list_models("deit_*"))
-    for (patch, side), sizes in GRIDS.items():
-        for size in sizes:
-            for distilled in (False, True):
-                name = f"deit_{size}{'_distilled' if distilled else ''}_patch{patch}_{side}"
-                width = SIZES[size]
-                arch: dict[str, Any] = {
-                    "patch_size": patch,
-                    "img_size": side,
-                    "embed_dim": width.embed_dim,
-                    "depth": 12,
-                    "num_heads": width.num_heads,
-                }
-                if name in known:  # same weights as the plain model: they load, ContraNorm adds none
-                    cfg = replace(timm.get_pretrained_cfg(name), tag=None).to_dict(remove_source=False)
-                else:
-                    cfg = {
-                        **_IMAGENET,
-                        "input_size": (3, side, side),
-                        "crop_pct": 1.0 if side != 224 else 0.9,
-                        "classifier": ("head", "head_dist") if distilled else "head",
-                    }
-                    default_cfgs.update(generate_default_cfgs({name: cfg}))
-                    register_model(_in_this_module(_plain_entry(name, arch, distilled)))
-                default_cfgs.update(generate_default_cfgs({name + SUFFIX: cfg}))
-                register_model(_in_this_module(_contranorm_entry(name + SUFFIX, arch, distilled)))
+@register_model
+def deit_micro_patch8_32_contranorm(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """`deit_micro_patch8_32` with ContraNorm; `scale` is required, see `_with_contra_norm` for the rest."""
+    return _with_contra_norm(deit_micro_patch8_32, pretrained, **kwargs)
 
 
-def _in_this_module(entry: Callable[..., VisionTransformer]) -> Callable[..., VisionTransformer]:
-    entry.__module__ = __name__
-    globals()[entry.__name__] = entry
-    return entry
+@register_model
+def deit_micro_patch8_64_contranorm(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """`deit_micro_patch8_64` with ContraNorm."""
+    return _with_contra_norm(deit_micro_patch8_64, pretrained, **kwargs)
 
 
-_register_all()
+@register_model
+def deit_tiny_patch16_224_contranorm(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """DeiT-tiny with ContraNorm, of the paper's Table 2."""
+    return _with_contra_norm(deit.deit_tiny_patch16_224, pretrained, **kwargs)
+
+
+@register_model
+def deit_small_patch16_224_contranorm(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """DeiT-small with ContraNorm, of the paper's Table 2."""
+    return _with_contra_norm(deit.deit_small_patch16_224, pretrained, **kwargs)
+
+
+@register_model
+def deit_tiny_distilled_patch16_224_contranorm(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """DeiT-tiny with a distillation token and ContraNorm."""
+    return _with_contra_norm(deit.deit_tiny_distilled_patch16_224, pretrained, **kwargs)
+
+
+@register_model
+def deit_small_distilled_patch16_224_contranorm(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """DeiT-small with a distillation token and ContraNorm."""
+    return _with_contra_norm(deit.deit_small_distilled_patch16_224, pretrained, **kwargs)
 
 
 def image_side(model: nn.Module) -> int:
@@ -237,7 +163,7 @@ def image_side(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def collapse_by_block(model: VisionTransformer, images: torch.Tensor) -> Any:
+def collapse_by_block(model: VisionTransformer, images: torch.Tensor) -> pd.DataFrame:
     """Collapse metrics after each block, before the final norm: its token mixing is not part of a block.
 
     Args:
@@ -245,7 +171,7 @@ def collapse_by_block(model: VisionTransformer, images: torch.Tensor) -> Any:
         images: (B, 3, H, W), normalized.
 
     Returns:
-        DataFrame with one row per block: layer, module, mean_cosine, effective_rank, variance, attention_similarity.
+        One row per block: layer (from 1), mean_cosine, effective_rank, variance, attention_similarity.
     """
     names = [f"blocks.{i}" for i in range(len(model.blocks))]
     maps = [f"{name}.attn.attn_drop" for name in names]  # its input and output are the weights, (B, heads, N, N)
@@ -263,5 +189,6 @@ def collapse_by_block(model: VisionTransformer, images: torch.Tensor) -> Any:
         for block, value in zip(model.blocks, fused, strict=True):
             block.attn.fused_attn = value
         model.train(was_training)
-    frame = features.frame().drop(columns="call")
-    return frame.assign(attention_similarity=attention.frame()["attention_similarity"])
+    frame = features.frame().drop(columns=["call", "module"])
+    similarity = attention.frame()["attention_similarity"]
+    return frame.assign(layer=range(1, len(names) + 1), attention_similarity=similarity)

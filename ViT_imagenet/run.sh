@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# One run; arguments are passed on to ViT_imagenet.main and win over everything here. The same command again goes on.
+# One run; arguments are passed on to ViT_imagenet.main and win over everything here. Re-running the command resumes.
 #   bash ViT_imagenet/run.sh --scale 0.1
-#   CONFIG=imagenet100_tiny PROCESSES=4 bash ViT_imagenet/run.sh --depth 24 --scale 0.1 --data-path /data/imagenet --class-list classes.txt
-#   bash ViT_imagenet/run.sh --norm layer            the vanilla DeiT
+#   CONFIG=imagenet100_tiny PROCESSES=4 bash ViT_imagenet/run.sh --depth 24 --scale 0.1 --data-path /data/imagenet
+#   bash ViT_imagenet/run.sh --norm vanilla          the vanilla DeiT
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh

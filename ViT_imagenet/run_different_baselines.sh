@@ -2,7 +2,7 @@
 # Depths x {vanilla, ContraNorm at each scale} x seeds, one command per line, through repro.sweep (done cells are skipped).
 #   bash ViT_imagenet/run_different_baselines.sh --dry-run
 #   CONFIG=cifar10_cpu DEPTHS="2 4 6" bash ViT_imagenet/run_different_baselines.sh
-#   CONFIG=imagenet100_tiny PROCESSES=4 FLAGS="--data-path /data/imagenet --class-list /data/classes.txt" CLUSTER=slurm \
+#   CONFIG=imagenet100_tiny PROCESSES=4 FLAGS="--data-path /data/imagenet" CLUSTER=slurm \
 #       bash ViT_imagenet/run_different_baselines.sh --gpus 4 --cpus 40
 # Arguments go to repro.sweep.
 set -euo pipefail
@@ -16,6 +16,7 @@ SEEDS="${SEEDS:-0}"
 PROCESSES="${PROCESSES:-1}" # per cell, one per GPU
 FLAGS="${FLAGS:-}"          # appended to every line, e.g. "--data-path /data/imagenet"
 RESULTS="${RESULTS:-out/vit/$CONFIG}"
+RECORDS="${RECORDS:-}"      # file or folder of records whose cells count as done
 
 cells() {
     local depth scale seed norm program="python -m ViT_imagenet.main"
@@ -24,9 +25,10 @@ cells() {
     fi
     for depth in $DEPTHS; do for scale in $SCALES; do for seed in $SEEDS; do
         norm="--scale $scale"
-        if [ "$scale" = vanilla ]; then norm="--norm layer"; fi
+        if [ "$scale" = vanilla ]; then norm="--norm vanilla"; fi
         echo "$program --config ViT_imagenet/configs/$CONFIG.yaml --depth $depth $norm --seed $seed $FLAGS"
     done; done; done
 }
 
-cells | "$PYTHON" -m repro.sweep --results "$RESULTS" --jobs "${JOBS:-2}" --cluster "${CLUSTER:-local}" "$@"
+cells | "$PYTHON" -m repro.sweep --results "$RESULTS" --jobs "${JOBS:-2}" --cluster "${CLUSTER:-local}" \
+    ${RECORDS:+--records "$RECORDS"} "$@"

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import submitit
 import yaml
@@ -28,8 +28,6 @@ PROG = "ViT_imagenet.run_with_submitit"
 class Config:
     """What to ask the cluster for."""
 
-    cluster: Literal["slurm", "local"] = "slurm"
-    """local starts the same processes on this machine, to try things out."""
     nodes: int = 1
     """Machines."""
     gpus: int = 8
@@ -37,11 +35,11 @@ class Config:
     tasks: int | None = None
     """Processes per node; by default one per GPU."""
     cpus: int = 10
-    """Cores per process. DeiT's --num_workers 10 keeps as many busy."""
+    """Cores per process; DeiT's --num_workers 10 keeps that many busy."""
     mem_gb: int | None = None
-    """Memory per node in GB; by default what the cluster gives."""
+    """Memory per node in GB; by default the cluster's."""
     time: int = 4320
-    """Minutes of one job; what is not done by then is queued again from its last checkpoint."""
+    """Minutes per job; a run that is not done by then is queued again and resumes from its checkpoint."""
     partition: str | None = None
     """SLURM partition; by default the cluster's."""
     account: str | None = None
@@ -49,7 +47,7 @@ class Config:
     constraint: str | None = None
     """Features that the nodes must have."""
     signal_delay: int = 120
-    """Seconds before the time limit at which the run is told to save."""
+    """Seconds before the time limit at which the run is asked to save."""
     restarts: int = 20
     """How often a job that ran out of time is queued again."""
     wait: bool = False
@@ -68,8 +66,6 @@ class Config:
             raise ValueError("--gpus 0 needs --tasks, the number of CPU processes per node")
         if self.gpus and self.tasks not in (None, self.gpus):
             raise ValueError(f"one process per GPU: --tasks {self.tasks} does not go with --gpus {self.gpus}")
-        if self.cluster == "local" and self.nodes > 1:
-            raise ValueError("--cluster local is one machine: --nodes 1")
 
     @property
     def processes_per_node(self) -> int:
@@ -78,7 +74,7 @@ class Config:
 
 
 class Training:
-    """What every process of the job runs; SLURM's queue may interrupt and repeat it."""
+    """What every process of the job runs; the job may be stopped and queued again."""
 
     def __init__(self, argv: list[str]) -> None:
         self.argv = argv
@@ -98,12 +94,12 @@ class Training:
         return 0
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Called by submitit for a job that is to be queued again: the same command goes on from its checkpoint."""
+        """Called by submitit for a job that is to be queued again: the same command resumes from its checkpoint."""
         return submitit.helpers.DelayedSubmission(Training(self.argv))
 
 
 def executor_parameters(config: Config, name: str) -> dict[str, Any]:
-    """What submitit is told, in its words."""
+    """The request as submitit's parameters."""
     parameters: dict[str, Any] = {
         "name": name,
         "nodes": config.nodes,
@@ -114,11 +110,9 @@ def executor_parameters(config: Config, name: str) -> dict[str, Any]:
     }
     if config.mem_gb is not None:
         parameters["mem_gb"] = config.mem_gb
-    if config.cluster == "slurm":
-        optional = {"partition": config.partition, "account": config.account, "constraint": config.constraint}
-        parameters |= {f"slurm_{key}": value for key, value in optional.items() if value is not None}
-        parameters["slurm_signal_delay_s"] = config.signal_delay
-    return parameters
+    optional = {"partition": config.partition, "account": config.account, "constraint": config.constraint}
+    parameters |= {f"slurm_{key}": value for key, value in optional.items() if value is not None}
+    return parameters | {"slurm_signal_delay_s": config.signal_delay}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     at = words.index("--") if "--" in words else len(words)
     config = parse_config(Config, words[:at], prog=PROG, description=str(__doc__))
-    training = parse_config(TrainingConfig, words[at + 1 :], prog="behind the dashes")  # told now, not in the queue
+    training = parse_config(TrainingConfig, words[at + 1 :], prog="behind the dashes")  # refused now, not in the queue
     folder = Path(training.output_dir)
     parameters = executor_parameters(config, folder.name)
     processes = config.nodes * config.processes_per_node
@@ -140,13 +134,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (folder / "record.json").exists():
         print(f"done already: {folder / 'record.json'}")
         return 0
-    restarts = {"slurm_max_num_timeout": config.restarts} if config.cluster == "slurm" else {}
     try:
-        executor = submitit.AutoExecutor(folder / "submitit", cluster=config.cluster, **restarts)
+        executor = submitit.AutoExecutor(folder / "submitit", cluster="slurm", slurm_max_num_timeout=config.restarts)
         executor.update_parameters(**parameters)
         job = executor.submit(Training(words[at + 1 :]))
     except (RuntimeError, submitit.core.utils.FailedJobError) as error:
-        raise UserError(f"--cluster {config.cluster}: nothing submitted ({error})") from error
+        raise UserError(f"nothing submitted ({error}): is SLURM's sbatch on this machine?") from error
     print(f"job {job.job_id}; log: {job.paths.stdout}")
     if config.wait:
         return max(job.results())

@@ -9,7 +9,7 @@ import multiprocessing
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,30 @@ from typing import Any
 import pandas as pd
 import psutil
 import torch
-from torch.utils import benchmark
 
+from repro.errors import UserError
 from repro.files import write_atomic
 from repro.run.run import environment
 
-
-def median_ms(function: Callable[[], object], *, min_seconds: float = 1.0) -> float:
-    """Median wall time of `function` in ms over at least `min_seconds`, after a warm-up; synchronizes a GPU."""
-    function()
-    timer = benchmark.Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=min_seconds).median * 1e3
+Rows = list[dict[str, Any]]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def alternate_ms(functions: dict[str, Callable[[], object]], *, rounds: int = 5) -> dict[str, float]:
+def names_in(only: str, known: Iterable[str]) -> list[str]:
+    """The names of a comma-separated `--only`.
+
+    Raises:
+        UserError: one of them is not known.
+    """
+    names = only.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"--only: unknown name {unknown[0]!r}; there are {', '.join(known)}")
+    return names
+
+
+def alternate_ms(functions: Mapping[str, Callable[[], object]], *, rounds: int = 5) -> dict[str, float]:
     """Median time in ms of each function, taken in turns so that a slow minute of the machine hits all of them."""
-    for function in functions.values():
+    for function in functions.values():  # to warm up
         function()
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
@@ -56,11 +64,10 @@ def has_bfloat16() -> bool:
     return torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
 
 
-def product_gflops(dtype: torch.dtype = torch.float32, n: int = 2048) -> float:
-    """This machine's rate of large matrix products, in 10^9 operations a second."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(n, n, device=device).to(dtype)
-    return 2 * n**3 / median_ms(lambda: a @ a) / 1e6
+def product_gflops(n: int = 2048) -> float:
+    """This machine's rate of large float32 products, in 10^9 operations a second."""
+    a = torch.randn(n, n, device=DEVICE)
+    return 2 * n**3 / alternate_ms({"product": lambda: a @ a})["product"] / 1e6
 
 
 def peak_extra_mb(function: Callable[[], object]) -> float:
@@ -113,8 +120,8 @@ def goal(name: str, value: float, target: float, *, at_least: bool) -> dict[str,
     }
 
 
-def report(name: str, rows: list[dict[str, Any]], goals: list[dict[str, Any]], path: str | None) -> None:
-    """Print both tables; write them with the environment to `path`."""
+def report(name: str, rows: Rows, goals: Rows, path: str | None) -> None:
+    """Print measurements and goals; write them with the environment to the JSON file `path`, if it is given."""
     print(pd.DataFrame(rows).to_string(index=False, na_rep="", float_format=lambda v: f"{v:.4g}"))
     if goals:
         print("\n" + pd.DataFrame(goals).to_string(index=False))

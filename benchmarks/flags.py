@@ -7,6 +7,7 @@ against the way with every speed flag off, over the same seeds.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import pandas as pd
 from benchmarks.table import markdown
 from repro.config import parse_config
 from repro.errors import UserError, run_main
-from repro.report.records import load_records
+from repro.report.records import iterate_records
 from repro.report.tables import p_value, show
 
 # The value with which each speed flag does nothing.
@@ -43,46 +44,53 @@ class Config:
     """records of scripts/flag_study.sh: a folder, or the file that repro.report.collect made of it"""
 
 
-def flags_of(row: pd.Series[Any]) -> str:
+def flags_of(record: dict[str, Any]) -> str:
     """The speed flags that are on in one record, "" for none."""
-    on = []
+    config, on = record["config"], []
     for name, off in OFF.items():
-        value = row.get(f"config.{name}", off)
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            # a field that this experiment lacks; gnn's unset `eval_every` is no pass but the last one
-            value = "off" if (name, row["experiment"]) == ("eval_every", "gnn") else off
-        if name == "degree":
-            if row.get("config.implementation") == "linear":
-                on.append(f"degree={value:g}")
-        elif value != off:
+        value = config.get(name)
+        if name == "eval_every" and name in config and value is None:  # gnn: the last epoch's pass is the only one
+            value = "off"
+        elif value is None or (name == "degree" and config.get("implementation") != "linear"):
+            continue
+        if value != off or name == "degree":
             on.append(f"{name}={value}")
     return ", ".join(on)
 
 
-def compare(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def compare(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """One line per experiment and set of flags.
 
     Raises:
         UserError: an experiment has no runs with all flags off.
     """
-    frame = frame.assign(flags=[flags_of(row) for _, row in frame.iterrows()])
+    frame = pd.DataFrame(
+        [
+            {
+                "experiment": record["experiment"],
+                "seed": record["seed"],
+                "flags": flags_of(record),
+                "value": record["metrics"][METRICS[record["experiment"]]],
+            }
+            for record in records
+        ]
+    )
     lines = []
     for experiment, runs in frame.groupby("experiment"):
-        column = f"metrics.{METRICS[str(experiment)]}"
-        off = runs[runs["flags"] == ""].set_index("seed")
-        if off.empty:
+        slow = runs[runs["flags"] == ""].set_index("seed")["value"]
+        if slow.empty:
             raise UserError(f"--records: no run of {experiment} has every speed flag off ({', '.join(OFF)})")
         for flags, those in runs.groupby("flags"):  # "" comes first
-            on = those.set_index("seed")
-            values, slow = on[column], off[column]
+            values = those.set_index("seed")["value"]
             spreads = [(v.mean(), v.std(ddof=1), len(v)) for v in (values, slow)]
-            line: dict[str, Any] = {"experiment": experiment, "flags": flags or "all off", "metric": column[8:]}
-            line["mean ± std (n), %"] = show(*spreads[0])
+            line: dict[str, Any] = {"experiment": experiment, "flags": flags or "all off"}
+            line |= {"metric": METRICS[str(experiment)], "mean ± std (n), %": show(*spreads[0])}
             if flags:
                 p = p_value(*spreads)
                 line["difference"] = f"{(values.mean() - slow.mean()) * 100:+.2f}"
                 line["p (Welch)"] = None if p is None or math.isnan(p) else f"{p:.2g}"
-                line["runs with the very same metric"] = f"{int((values == slow.reindex(on.index)).sum())} of {len(on)}"
+                same = int((values == slow.reindex(values.index)).sum())
+                line["runs with the very same metric"] = f"{same} of {len(values)}"
             lines.append(line)
     return lines
 
@@ -90,7 +98,7 @@ def compare(frame: pd.DataFrame) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(Config, argv, prog="benchmarks.flags", description=__doc__ or "")
-    print(markdown(compare(load_records(config.records))))
+    print(markdown(compare(record for _, record in iterate_records(config.records))))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,11 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.common import has_bfloat16, synchronize
+from benchmarks.common import DEVICE, Rows, has_bfloat16, synchronize
 from BERT_glue.config import parse
 from BERT_glue.data import make_loader
-from BERT_glue.economy import UsedRows
-from BERT_glue.run_glue_no_trainer import make_accelerator, prepare
-from BERT_glue.training import Trainer
-from repro.run.run import Run
+from BERT_glue.efficiency import UsedRows
+from BERT_glue.train import TrainingSetup, make_accelerator, prepare, train_batch
 from repro.seeding import seed_everything
 
 BATCH = 32
@@ -43,23 +41,23 @@ WAYS = {
 class Way:
     """One set of flags, ready to train."""
 
-    trainer: Trainer
+    setup: TrainingSetup
     batches: Any
     precision: contextlib.AbstractContextManager[Any]
     seconds: list[float] = field(default_factory=list)
 
     def step(self) -> None:
         """One batch, timed."""
-        batch = next(self.batches)
+        number, batch = next(self.batches)
         synchronize()
         start = time.perf_counter()
         with self.precision:
-            self.trainer.train_batch(batch)
+            train_batch(self.setup, batch, number)
         synchronize()
         self.seconds.append(time.perf_counter() - start)
 
 
-def measure(data_root: str, steps: int, scratch: Path) -> list[dict[str, Any]]:
+def measure(data_root: str, steps: int, scratch: Path) -> Rows:
     """One row per way.
 
     Args:
@@ -75,8 +73,7 @@ def measure(data_root: str, steps: int, scratch: Path) -> list[dict[str, Any]]:
         flags += [flag] if flag else []
         ways[name] = build(flags, steps)
     if has_bfloat16():
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        ways["+ bfloat16"] = build(flags, steps, torch.autocast(device, torch.bfloat16))
+        ways["+ bfloat16"] = build(flags, steps, torch.autocast(DEVICE, torch.bfloat16))
     for _ in range(steps + 1):
         for way in ways.values():
             way.step()
@@ -87,39 +84,39 @@ def measure(data_root: str, steps: int, scratch: Path) -> list[dict[str, Any]]:
             "way": name,
             "examples a second": BATCH * steps / sum(way.seconds[1:]),
             "times faster": slow / sum(way.seconds[1:]),
-            "weights, gradients, moments MB": state_mb(way.trainer),
+            "weights, gradients, moments MB": state_mb(way.setup),
         }
         for name, way in ways.items()
     ]
 
 
 def build(flags: list[str], steps: int, precision: contextlib.AbstractContextManager[Any] | None = None) -> Way:
-    """A trainer with these flags; its batches are the warm-up's and those of the drawn examples."""
+    """A setup with these flags; its batches are the warm-up's and those of the drawn examples."""
     config = parse(flags)
     accelerator = make_accelerator(config)
-    job = prepare(config, accelerator)
-    assert job.train is not None
-    rows: Any = job.train.dataset
+    setup = prepare(config, accelerator)
+    assert setup.train is not None
+    rows: Any = setup.train.dataset
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: (steps + 1) * BATCH].tolist()
-    first, rest = (
-        make_loader(rows.select(part), job.tokenizer, BATCH, shuffle=True, group_by_length=config.group_by_length)
+    first, setup.train = (
+        accelerator.prepare(
+            make_loader(rows.select(part), setup.tokenizer, BATCH, shuffle=True, group_by_length=config.group_by_length)
+        )
         for part in (drawn[:BATCH], drawn[BATCH:])
     )
-    job.train = rest
     seed_everything(config.seed)
-    trainer = Trainer(config, job, accelerator, Run(config.output_dir, "BERT_glue", config))
-    trainer.model.train()
+    setup.model.train()
 
     def batches() -> Any:
-        for loader in (accelerator.prepare(first), trainer.loader):
-            yield from loader
+        for loader in (first, setup.train):
+            yield from enumerate(loader)
 
-    return Way(trainer, batches(), precision or contextlib.nullcontext())
+    return Way(setup, batches(), precision or contextlib.nullcontext())
 
 
-def state_mb(trainer: Trainer) -> float:
+def state_mb(setup: TrainingSetup) -> float:
     """Memory of the parameters, their gradients, and the optimizer's state, in MiB."""
-    tensors = [t for p in trainer.model.parameters() for t in (p, p)]
-    tensors += [module.rest for module in trainer.model.modules() if isinstance(module, UsedRows)]
-    tensors += [t for state in trainer.optimizer.state.values() for t in state.values()]
+    tensors = [t for p in setup.model.parameters() for t in (p, p)]
+    tensors += [module.rest for module in setup.model.modules() if isinstance(module, UsedRows)]
+    tensors += [t for state in setup.optimizer.state.values() for t in state.values()]
     return sum(t.nbytes for t in tensors) / 2**20

@@ -1,4 +1,4 @@
-"""Markdown tables from the benchmarks' JSON files: `python -m benchmarks.table results/benchmarks/layer.json`."""
+"""A Markdown table of a benchmark's JSON file: `python -m benchmarks.table --file results/benchmarks/layer.json`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from repro.config import parse_config
 from repro.errors import UserError, run_main
+from repro.report.tables import markdown_table
 
 
 @dataclass
@@ -23,7 +26,6 @@ class Config:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table, numbers with three significant digits."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
 
     def cell(value: Any) -> str:
         if value is None:
@@ -34,9 +36,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
         return str(value)
 
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
-    return "\n".join(lines)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    texts = [[cell(row.get(column)) for column in columns] for row in rows]
+    return markdown_table(pd.DataFrame(texts, columns=columns)).rstrip()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,17 +1,24 @@
-"""ContraNorm: the layer, its graph form, and the metrics that tell whether features have collapsed."""
+"""ContraNorm: the layer, its graph form, and the metrics that tell whether features have collapsed.
 
-from contranorm.collapse import (
-    CollapseProbe,
-    attention_similarity,
-    effective_rank,
-    feature_variance,
-    mean_cosine_similarity,
-    singular_spectrum,
-    uniformity,
-)
-from contranorm.functional import contra_norm
-from contranorm.graph import CentreAndNormalize, GraphContraNorm, PairNorm
-from contranorm.layer import ContraNorm, ContraStep
+What needs torch is imported when it is first asked for, so that `contranorm.options` can be read without it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from contranorm.collapse import (
+        CollapseProbe,
+        attention_similarity,
+        effective_rank,
+        feature_variance,
+        mean_cosine_similarity,
+        singular_spectrum,
+        uniformity,
+    )
+    from contranorm.functional import contra_norm
+    from contranorm.graph import CentreAndNormalize, GraphContraNorm, PairNorm
+    from contranorm.layer import ContraNorm, ContraStep
 
 __all__ = [
     "CentreAndNormalize",
@@ -28,3 +35,12 @@ __all__ = [
     "singular_spectrum",
     "uniformity",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for module in ("functional", "layer", "graph", "collapse"):
+            home = importlib.import_module(f"contranorm.{module}")
+            if name in vars(home):
+                return vars(home)[name]
+    raise AttributeError(f"module 'contranorm' has no attribute {name!r}")

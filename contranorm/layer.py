@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -91,8 +92,7 @@ class ContraStep(nn.Module):
     def reset_parameters(self) -> None:
         """A learnable step starts at `scale`."""
         if hasattr(self, "step"):
-            start = torch.tensor(self.scale, dtype=torch.float64)
-            nn.init.constant_(self.step, float(start.log() if self.positive else start))
+            nn.init.constant_(self.step, math.log(self.scale) if self.positive else self.scale)
 
     def effective_scale(self) -> float | Tensor:
         """The step s now in use: the constant, or a tensor of shape (D,)."""

@@ -87,10 +87,9 @@ class ContraNormOptions:
         try:
             if self.scale is not None and not self.scale > 0:
                 raise ValueError(f"scale must be > 0, got {self.scale}: 0 would be no ContraNorm at all")
-            checked = {**self.switches(), "scale": self.scale or 0.0}
-            for name in ("identity", "symmetric", "pre_norm"):
-                del checked[name]
-            check_switches(**checked)
+            free = ("identity", "symmetric", "pre_norm")  # any value is one
+            values = {name: value for name, value in self.switches().items() if name not in free}
+            check_switches(scale=self.scale or 0.0, **values)
             if self.degree != 2 and self.implementation != "linear":
                 raise ValueError(f"degree belongs to --implementation linear, not {self.implementation}: leave it out")
             if self.axis == "features" and self.implementation != "auto":

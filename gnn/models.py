@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contranorm import CentreAndNormalize, GraphContraNorm, PairNorm
-from gnn.config import GRAPH_SWITCHES, PAIR_NORMS, Config
+from gnn.config import PAIR_NORMS, Config
 from gnn.pyg import BatchNorm, DiffGroupNorm, GATConv, GraphNorm, MeanSubtractionNorm, MessageNorm
 from gnn.sparse import Pattern, Sparse
 
@@ -127,7 +127,7 @@ def build_norm(config: Config, width: int) -> nn.Module:
     """The norm that `--norm_mode` names."""
     mode, scale = config.norm_mode, config.scale
     if mode == "CN":
-        return GraphContraNorm(scale, **{name: getattr(config, name) for name in GRAPH_SWITCHES})
+        return GraphContraNorm(scale, dim=width, **config.switches())
     if mode in PAIR_NORMS:
         return PairNorm(mode, scale)
     makers: dict[str, Any] = {

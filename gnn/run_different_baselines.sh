@@ -18,19 +18,24 @@ SEEDS="${SEEDS:-0 1 2 3 4}"
 PROTOCOL="${PROTOCOL:-reference}"
 FLAGS="${FLAGS:-}" # appended to every line, e.g. "--probe"
 RESULTS="${RESULTS:-results/table3/runs}"
-RECORDS="${RECORDS-$(compgen -G 'results/table3/*.jsonl' | paste -sd,)}" # records whose cells are not run again, by commas
+# Records whose cells are not run again, separated by commas; a cell is known by its flags, so that defaults are left out.
+RECORDS="${RECORDS-$(compgen -G 'results/table3/*.jsonl' | paste -sd, || true)}"
 
-declare -A form_flag=([identity]=--identity [eq6]=--no_identity)
+declare -A form_flag=([identity]="" [eq6]=" --no_identity")
 for form in $FORMS; do
-    [ -n "${form_flag[$form]:-}" ] || { echo "error: FORMS may hold identity and eq6, not $form" >&2 && exit 2; }
+    [ -n "${form_flag[$form]+known}" ] || { echo "error: FORMS may hold identity and eq6, not $form" >&2 && exit 2; }
 done
 
 variants() { # of one norm, a line of flags each
+    local form scale given
     case "$1" in
         CN) for form in $FORMS; do for scale in $SCALES; do
-            echo "${form_flag[$form]} --scale $scale --use_layer_norm"
+            echo "--norm_scale $scale${form_flag[$form]} --use_layer_norm"
         done; done ;;
-        PN*) for scale in $PN_SCALES; do printf '%s\n' "--scale $scale" "--scale $scale --use_layer_norm"; done ;;
+        PN*) for scale in $PN_SCALES; do
+            given="$([ "$scale" = 1 ] || echo "--norm_scale $scale ")"
+            printf '%s\n' "$given" "$given--use_layer_norm"
+        done ;;
         *) printf '%s\n' "" "--use_layer_norm" ;;
     esac
 }

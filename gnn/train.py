@@ -23,7 +23,7 @@ from repro.run.run import Run
 from repro.seeding import rng_state, seed_everything, set_rng_state
 
 SPARSE_BELOW = 0.2  # share of nonzero features under which the sparse product is the faster one
-ONE_THREAD_BELOW = 10_000  # nodes; see gnn/README.md
+ONE_THREAD_BELOW = 10_000  # nodes: a second thread is then no faster, and far slower beside other work (README.md)
 SELECTION = {"reference": "last epoch", "standard": "best validation accuracy"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import argparse
 import dataclasses
 import os
@@ -19,7 +20,7 @@ from docstring_parser import parse_from_object
 from repro.errors import UserError
 
 T = TypeVar("T")
-# Fields that say where and how a run is done, not what it computes: they may differ when a run is continued.
+# Fields that say where and how a run is done, not what it computes: they may differ when a run is resumed.
 LOCATION_FIELDS = ("output_dir", "data_root", "data_path", "report_to")
 # What jsonargparse and YAML raise for a bad flag or file. ValueError: not UTF-8, or an integer of thousands of digits;
 # RecursionError: a list that holds itself.
@@ -56,8 +57,8 @@ class CellLabel:
 
 
 @dataclasses.dataclass(kw_only=True)
-class RunConfig:
-    """What the settings of every experiment have in common; a sub-class adds its own and says where it stands."""
+class RunConfig(abc.ABC):
+    """What the settings of every experiment have in common; a subclass adds its own and its cell's label."""
 
     EXECUTION_FIELDS: ClassVar[tuple[str, ...]] = ("output_dir", "data_root", "report_to")
     """Fields that say how a run is computed, not what: runs that differ in them alone share a table's cell."""
@@ -74,9 +75,9 @@ class RunConfig:
     report_to: str = "none"
     """Also log to tensorboard, wandb, trackio or mlflow, whichever is installed; metrics.jsonl is always written."""
 
+    @abc.abstractmethod
     def label(self) -> CellLabel:
         """The cell of a table that this run belongs to."""
-        raise NotImplementedError
 
 
 def _help_of(cls: type) -> dict[str, str]:
@@ -122,7 +123,10 @@ def build_parser(cls: type, *, prog: str, description: str = "") -> jsonargparse
 
 
 def _expand_switches(cls: type, argv: Sequence[str]) -> list[str]:
-    """Write `--flag` as `--flag=true` and `--no_flag` as `--flag=false`, and put `--config` first so that flags win."""
+    """Write `--flag` as `--flag=true` and `--no_flag` as `--flag=false`, and put `--config` first so that flags win.
+
+    jsonargparse's ActionYesNo does the first for one spelling of a flag only, and not for a switch that may be unset.
+    """
     hints = typing.get_type_hints(cls)
     switches = [f for f in dataclasses.fields(cls) if _is_bool(hints[f.name])]
     bools = {name: f.name for f in switches for name in (f.name, *f.metadata.get("aliases", ()))}

@@ -1,4 +1,4 @@
-"""Bad input, told in one line."""
+"""Bad input, reported in one line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run_main(main: Callable[[], object]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; re-running the command resumes from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except OSError as error:  # disk full, read-only folder, vanished file: the system's reason is the one clear line
         where = f": {error.filename}" if error.filename else ""

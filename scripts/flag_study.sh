@@ -2,7 +2,7 @@
 # What each speed flag does to the metric: small runs with every such flag off, with one of them on, and with all on,
 # several seeds each, then a table with the differences. About an hour of one core.
 #   PARTS="gnn glue" SEEDS="0 1 2 3 4" bash scripts/flag_study.sh
-# Arguments go to repro.sweep: --dry-run prints the plan. Stopped in the middle, the same command goes on.
+# Arguments go to repro.sweep: --dry-run prints the plan. Re-running the command resumes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
@@ -30,7 +30,7 @@ vit() { # CIFAR-10, the first images of it
 }
 
 glue() { # SST-2, a few steps: MiniLM learns it fast
-    local line="python -m BERT_glue.run_glue_no_trainer --model_name_or_path minilm --task_name sst2 --pos 7 --scale 0.01"
+    local line="python -m BERT_glue.main --model_name_or_path minilm --task_name sst2 --pos 7 --scale 0.01"
     line="$line --learning_rate 1e-4 --max_train_steps 40 --data_root $DATA_ROOT"
     line="$line --no_group_by_length --no_compact_embeddings --no_skip_unread_tokens --no_fused_optimizer"
     line="$line --no_cheap_dropout"

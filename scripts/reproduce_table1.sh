@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Table 1 of the paper: every GLUE task but WNLI, vanilla and ContraNorm at the paper's scales, BERT and ALBERT, then the
 # table, with the best scale per task by the validation score and the average over tasks. Takes the variables of
-# BERT_glue/run_different_baselines.sh (TASKS, SCALES, SEEDS, FLAGS, JOBS, CLUSTER, ...), and
+# BERT_glue/run_different_baselines.sh (TASKS, SCALES, SEEDS, FLAGS, RECORDS, JOBS, CLUSTER, ...), and
 #   MODELS="minilm" TASKS="rte mrpc" bash scripts/reproduce_table1.sh       a backbone that needs no download
 #   FLAGS=--include_padding bash scripts/reproduce_table1.sh                padding as the paper's code treats it
-# `--dry-run` prints the plan only. Stopped in the middle, the same command goes on.
+# `--dry-run` prints the plan only. Re-running the command resumes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
 MODELS="${MODELS:-bert-base-uncased albert-base-v2}"
 export RESULTS="${RESULTS:-results/table1/runs}"
+export RECORDS="${RECORDS-$(compgen -G 'results/table1/*.jsonl' | paste -sd, || true)}"
 
 status=0
 for model in $MODELS; do
@@ -19,6 +20,6 @@ for model in $MODELS; do
     esac
 done
 for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) exit "$status" ;; esac; done
-"$PYTHON" -m repro.report.tables --preset table1 --records "$RESULTS" --best scale --by score \
-    --output "$(dirname "$RESULTS")/table1.md"
+"$PYTHON" -m repro.report.tables --preset table1 --best scale --by score \
+    --records "${RECORDS:+[$RECORDS,}$RESULTS${RECORDS:+]}" --output "$(dirname "$RESULTS")/table1.md"
 exit "$status"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Table 2: DeiT with and without ContraNorm at 12, 16 and 24 layers, tiny and small, on ImageNet-100 and ImageNet-1k; then the table.
 #   bash scripts/reproduce_table2.sh --dry-run
-#   IMAGENET=/data/imagenet CLASS_LIST=/data/classes.txt PROCESSES=4 CLUSTER=slurm bash scripts/reproduce_table2.sh --gpus 4
+#   IMAGENET=/data/imagenet PROCESSES=4 CLUSTER=slurm bash scripts/reproduce_table2.sh --gpus 4
 #   CONFIGS=cifar10_cpu DEPTHS=6 SCALES="vanilla 0.1" bash scripts/reproduce_table2.sh      the same on a laptop
-# IMAGENET is the folder with train/ and val/; CLASS_LIST names ImageNet-100's classes, one WordNet id a line.
+# IMAGENET is the folder with train/ and val/. RECORDS names finished records: their cells are not trained again.
 # Arguments go to repro.sweep.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -11,8 +11,9 @@ source scripts/python.sh
 
 CONFIGS="${CONFIGS:-imagenet100_tiny imagenet100_small imagenet1k_tiny imagenet1k_small}"
 IMAGENET="${IMAGENET:-}"     # by default the data sets' folders below $CONTRANORM_DATA
-CLASS_LIST="${CLASS_LIST:-}" # not needed for a folder that holds just the 100 classes
+CLASS_LIST="${CLASS_LIST:-}" # other classes than ViT_imagenet/imagenet100_classes.txt, one WordNet id per line
 RESULTS="${RESULTS:-results/table2/runs}"
+RECORDS="${RECORDS:-}"
 
 status=0
 for config in $CONFIGS; do
@@ -23,9 +24,11 @@ for config in $CONFIGS; do
     case "$config" in
         imagenet100*) flags="$flags${CLASS_LIST:+ --class-list $CLASS_LIST}" ;;
     esac
-    CONFIG="$config" FLAGS="$flags" RESULTS="$RESULTS" bash ViT_imagenet/run_different_baselines.sh "$@" || status=$?
+    CONFIG="$config" FLAGS="$flags" RESULTS="$RESULTS" RECORDS="$RECORDS" bash ViT_imagenet/run_different_baselines.sh "$@" || status=$?
 done
 for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) exit "$status" ;; esac; done
 if [ "$status" -gt 1 ]; then exit "$status"; fi # 1: some cells failed, and the rest make a table
-"$PYTHON" -m repro.report.tables --preset table2 --records "$RESULTS" --output "$(dirname "$RESULTS")/table2.md"
+records="$RESULTS"
+if [ -n "$RECORDS" ]; then records="[$RESULTS, $RECORDS]"; fi
+"$PYTHON" -m repro.report.tables --preset table2 --records "$records" --output "$(dirname "$RESULTS")/table2.md"
 exit "$status"

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
 export RESULTS="${RESULTS:-results/table3/runs}"
-export RECORDS="${RECORDS-$(compgen -G 'results/table3/*.jsonl' | paste -sd,)}"
+export RECORDS="${RECORDS-$(compgen -G 'results/table3/*.jsonl' | paste -sd, || true)}"
 folder="$(dirname "$RESULTS")"
 
 status=0
@@ -20,7 +20,7 @@ if [ -z "$records" ] || [ -n "$(find "$RESULTS" -name record.json -print -quit 2
 fi
 "$PYTHON" -m repro.report.tables --preset table3 --records "[$records]" --output "$folder/table3.md"
 "$PYTHON" -m repro.report.tables --preset table3 --records "[$records]" --output "$folder/table3_chosen.md" \
-    --rows data,norm_mode,identity,use_layer_norm --best scale --by validation_accuracy
+    --best scale --by validation_accuracy
 "$PYTHON" -m repro.report.figures --records "[$records]" --kind depth --each data --x depth --label method \
     --output "$folder/depth.png"
 exit "$status"

@@ -1,8 +1,12 @@
-"""What the Markdown pages say is true: code runs, links lead somewhere, generated numbers are up to date."""
+"""What is documented is true: code runs, commands parse, links lead somewhere, generated numbers are up to date."""
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import re
+import runpy
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -12,6 +16,8 @@ from repro.errors import UserError
 from repro.report import readme
 
 ROOT = Path(__file__).resolve().parent.parent
+# Rooms whose docstrings, comments, help texts and READMEs are searched for `python -m ...` lines.
+ROOMS = ("contranorm", "benchmarks")
 PAGES = [p for p in [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))] if ".venv" not in p.parts]
 
 
@@ -34,6 +40,43 @@ def test_the_scripts_that_the_readme_names_exist():
     for script in named:
         assert (ROOT / script).is_file(), script
         subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+
+
+def documented_commands() -> dict[tuple[str, str], str]:
+    """(module, its arguments) of each documented command, and each `--flag value` of a module's docstring → file.
+
+    Commands with a placeholder of an f-string in them are left out.
+    """
+    found = {}
+    files = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*")) if path.suffix in (".py", ".md")]
+    for path in files:
+        text, name = path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))
+        for module, arguments in re.findall(
+            r"python -m ([\w.]+\w)(?![\w.…])((?:\\\n|[^\n`\"#|>])*)", text.replace("-->", "\n")
+        ):
+            if "{" not in arguments:
+                found[module, arguments.replace("\\\n", " ").replace("...", "").strip()] = name
+        if path.suffix == ".py" and "__main__" in text:
+            for flags in re.findall(r"`(--[^`]+ [^`]+)`", ast.get_docstring(ast.parse(text)) or ""):
+                found[name.removesuffix(".py").replace("/", "."), flags] = name
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [pytest.param(*command, id=f"{file}: {' '.join(command)}") for command, file in documented_commands().items()],
+)
+def test_documented_commands_are_accepted(module, arguments, monkeypatch, capsys):
+    words = shlex.split(arguments)
+    if module == "pytest" or not words:  # the program alone is named
+        assert importlib.util.find_spec(module) is not None
+        assert all((ROOT / word).exists() for word in words if not word.startswith("-"))
+        return
+    monkeypatch.setattr("sys.argv", [module, *words, "--print_config"])  # parse everything, then stop
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert done.value.code in (0, None), capsys.readouterr().err
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

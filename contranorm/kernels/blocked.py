@@ -21,18 +21,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from contranorm.kernels.masks import (
-    entries,
-    is_symmetric,
-    logsumexp_or,
-    ratio_or_zero,
-    remembered,
-    softmax_or_zero,
-    stored_entries,
-)
+from contranorm.kernels import masks
 
 # Edge of a tile: the two float32 tiles of the backward fill the second-level caches of two to four cores
-# (benchmarks/layer.py --tiles measures other edges).
+# (`python -m benchmarks.layer --tiles` measures other edges).
 TILE = 768
 # Largest 1/τ for which exp(cos/τ) and its products stay well inside float32's range without subtracting a maximum.
 MAX_LOGIT = 40.0
@@ -63,12 +55,12 @@ def excluded_pairs(pattern: Tensor, tile: int = TILE) -> ExcludedPairs:
 
     def make() -> ExcludedPairs:
         n = pattern.shape[0]
-        rows, columns = entries(pattern)
-        symmetric = is_symmetric(rows, columns, n)
+        rows, columns = masks.entries(pattern)
+        symmetric = masks.is_symmetric(rows, columns, n)
         direct = _by_tile(rows, columns, n, tile)
         return ExcludedPairs(direct, direct if symmetric else _by_tile(columns, rows, n, tile), symmetric)
 
-    return remembered(pattern, (ExcludedPairs, tile), make)
+    return masks.remembered(pattern, (ExcludedPairs, tile), make)
 
 
 def _by_tile(rows: Tensor, columns: Tensor, n: int, tile: int) -> dict[_Key, Tensor]:
@@ -246,13 +238,13 @@ def blocked_contrast(
 
     ones = values.new_ones(values.shape[0], 1)
     sums = product(torch.cat([values, ones], dim=1), excluded)  # (N, C + 1): P v, P 1
-    contrast = ratio_or_zero(sums[:, :-1], sums[:, -1:])
+    contrast = masks.ratio_or_zero(sums[:, :-1], sums[:, -1:])
     if symmetric:
         if excluded is None or excluded.symmetric:
             column_sums = sums[:, -1:]
         else:
             column_sums = product(ones, excluded.transpose())
-        contrast = contrast + product(ratio_or_zero(values, column_sums), excluded)
+        contrast = contrast + product(masks.ratio_or_zero(values, column_sums), excluded)
     return contrast
 
 
@@ -267,13 +259,13 @@ def _blocked_with_maximum(
         logits = unit[start : start + height] @ unit.mT / tau  # (height, N)
         if exclude is None:
             return logits
-        return logits.masked_fill(stored_entries(exclude, start, start + logits.shape[0]), -torch.inf)
+        return logits.masked_fill(masks.stored_entries(exclude, start, start + logits.shape[0]), -torch.inf)
 
     def row_part(start: int, unit: Tensor, values: Tensor) -> Tensor:
-        return softmax_or_zero(logits_of(unit, start), dim=-1) @ values
+        return masks.softmax_or_zero(logits_of(unit, start), dim=-1) @ values
 
     def column_logsums(start: int, unit: Tensor) -> Tensor:
-        return logsumexp_or(logits_of(unit, start), -torch.inf)
+        return masks.logsumexp_or(logits_of(unit, start), -torch.inf)
 
     def column_part(start: int, unit: Tensor, values: Tensor, logsums: Tensor) -> Tensor:
         return (logits_of(unit, start) - logsums).exp() @ values
@@ -283,6 +275,6 @@ def _blocked_with_maximum(
 
     contrast = torch.cat(strips(row_part, unit, values))
     if symmetric:
-        logsums = logsumexp_or(torch.stack(strips(column_logsums, unit)), 0.0)  # (N,)
+        logsums = masks.logsumexp_or(torch.stack(strips(column_logsums, unit)), 0.0)  # (N,)
         contrast = contrast + torch.cat(strips(column_part, unit, values, logsums))
     return contrast

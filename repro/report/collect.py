@@ -25,7 +25,7 @@ class Config:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(Config, argv, prog="python -m repro.report.collect", description=__doc__ or "")
-    records = [record for _, record in iterate_records([config.records])]
+    records = [record for _, record in iterate_records(config.records, as_written=True)]
     records.sort(key=lambda record: str(record.get("command", "")))
     lines = [json.dumps(record) for record in records]
     output = Path(config.output)

@@ -1,9 +1,9 @@
-"""Numbers from elsewhere (paper.yaml): the authors' published ones, and the released code as it runs here."""
+"""Numbers from elsewhere (paper.yaml): the authors', re-runs by others, and the released code as it runs here."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,15 @@ from repro.config import load_yaml
 from repro.errors import UserError
 
 PAPER = Path(__file__).with_name("paper.yaml")
-KINDS = ("published", "reference-run")
+# Kind → the column that shows it.
+KINDS = {
+    "authors": "published",
+    "third-party re-run": "re-run by others",
+    "reference-run": "reference code as run",
+}
+_GROUP_KEYS = {"source", "kind", "match", "by", "cells", "metric", "n", "note", "inference"}
+_CELL_KEYS = {"method", "values", "note", "inference"}
+BEST_SCALE = "the source gives one number for ContraNorm, at a scale that it chose"
 
 
 @dataclass(frozen=True)
@@ -19,18 +27,17 @@ class Entry:
     """One number from elsewhere.
 
     Attributes:
-        table: which table it belongs to (table1, table2, table3, arxiv).
-        kind: `published` by the authors, or `reference-run`: the released code as run.
+        kind: one of KINDS.
         source: where it was printed.
-        match: config fields (and protocol) of the cells it belongs to.
+        match: columns of the records, and their values in the cells that the number belongs to. `method` holds several;
+            one without a scale belongs to every scale.
         metric: name in a record's metrics.
         mean: a fraction.
         std: standard deviation over runs, a fraction; None when not given.
         n: number of runs; None when not given.
-        what: the cell in words, for numbers that no cell here corresponds to.
+        note: what a reader must know to compare, starting with "inference:" where the match is inferred.
     """
 
-    table: str
     kind: str
     source: str
     match: dict[str, Any]
@@ -38,54 +45,85 @@ class Entry:
     mean: float
     std: float | None = None
     n: int | None = None
-    what: str = ""
+    note: str = ""
 
-    def fits(self, cell: dict[str, Any], metric: str) -> bool:
-        """True when the number belongs to this cell: every matched field is known there and equal."""
-        return metric == self.metric and all(
-            name in cell and _same(cell[name], wanted) for name, wanted in self.match.items()
+    def fits(self, cell: dict[str, Any]) -> bool:
+        """True when the number belongs to this cell: every matched column is known there and equal."""
+        return all(
+            bool({cell.get("method"), cell.get("family")} & set(wanted))
+            if name == "method"
+            else name in cell and _same(cell[name], wanted)
+            for name, wanted in self.match.items()
         )
+
+    def notes(self, cell: dict[str, Any]) -> list[str]:
+        """What to say below a table that shows this number in the row of `cell`."""
+        any_scale = "method" in self.match and cell.get("method") not in self.match["method"]
+        return [note for note in (self.note, BEST_SCALE if any_scale else "") if note]
 
 
 def load_entries(path: Path = PAPER) -> list[Entry]:
-    """Read and check a file of numbers.
+    """Read and check a file of numbers; percent become fractions.
 
     Raises:
-        UserError: a key is unknown or missing, a value is of the wrong type or no fraction, a source is not listed.
+        UserError: a key is unknown or missing, a value is no percentage, a source is not listed.
     """
     content = load_yaml(path)
-    if not isinstance(content, dict) or set(content) != {"sources", "entries"}:
-        raise UserError(f"{path}: must hold the keys sources and entries")
-    known = {field.name for field in fields(Entry)}
+    if not isinstance(content, dict) or not {"sources", "groups"} <= set(content) <= {"sources", "groups", "notes"}:
+        raise UserError(f"{path}: must hold the keys sources and groups")
     entries = []
-    for number, raw in enumerate(content["entries"], start=1):
-        where = f"{path}: entry {number}"
-        if not isinstance(raw, dict) or set(raw) - known:
-            raise UserError(f"{where}: unknown keys {sorted(set(raw) - known) if isinstance(raw, dict) else raw!r}")
-        if raw.get("source") not in content["sources"]:
-            raise UserError(f"{where}: source {raw.get('source')!r} is not listed under sources")
-        try:
-            entry = Entry(**{**raw, "source": content["sources"][raw["source"]]})
-        except TypeError as error:
-            raise UserError(f"{where}: {error}") from error
-        _check(entry, where)
-        entries.append(entry)
+    for number, group in enumerate(content["groups"], start=1):
+        where = f"{path}: group {number}"
+        _check_keys(group, _GROUP_KEYS, {"source", "kind", "match", "by", "cells"}, where)
+        if group["source"] not in content["sources"]:
+            raise UserError(f"{where}: source {group['source']!r} is not listed under sources")
+        if group["kind"] not in KINDS:
+            raise UserError(f"{where}: kind {group['kind']!r} is none of {', '.join(KINDS)}")
+        if not isinstance(group["match"], dict) or not group["match"]:
+            raise UserError(f"{where}: match must name the columns of a cell")
+        n = group.get("n")
+        if n is not None and (not isinstance(n, int) or n < 1):
+            raise UserError(f"{where}: n {n!r} is no number of runs")
+        for cell in group["cells"]:
+            _check_keys(cell, _CELL_KEYS, {"method", "values"}, where)
+            for key, value in cell["values"].items():
+                entries.append(_entry(group, cell, key, value, content["sources"], where))
     return entries
 
 
-def _check(entry: Entry, where: str) -> None:
-    if entry.kind not in KINDS:
-        raise UserError(f"{where}: kind {entry.kind!r} is none of {', '.join(KINDS)}")
-    if not isinstance(entry.match, dict) or not entry.match:
-        raise UserError(f"{where}: match must name the config fields of a cell")
-    for name in ("mean", "std"):
-        value = getattr(entry, name)
-        if value is None and name == "std":
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise UserError(f"{where}: {name} {value!r} is no fraction between 0 and 1")
-    if entry.n is not None and (not isinstance(entry.n, int) or entry.n < 1):
-        raise UserError(f"{where}: n {entry.n!r} is no number of runs")
+def _entry(
+    group: dict[str, Any], cell: dict[str, Any], key: Any, value: Any, sources: dict[str, str], where: str
+) -> Entry:
+    methods = cell["method"] if isinstance(cell["method"], list) else [cell["method"]]
+    names = group["by"].split(".")
+    keyed = dict(zip(names, str(key).split(".") if len(names) > 1 else [key], strict=True))
+    match = {**group["match"], "method": methods, **keyed}
+    metric = match.pop("metric", group.get("metric"))
+    if not isinstance(metric, str):
+        raise UserError(f"{where}: metric is missing: name it, or key the values by it")
+    mean, std = value if isinstance(value, list) else (value, None)
+    inference = cell.get("inference", group.get("inference"))
+    note = f"inference: {inference}" if inference else cell.get("note", group.get("note", ""))
+    where = f"{where}, {methods[0]} {key}"
+    spread = None if std is None else _fraction(std, f"{where}: std")
+    return Entry(
+        group["kind"], sources[group["source"]], match, metric, _fraction(mean, f"{where}: mean"), spread,
+        group.get("n"), note,
+    )  # fmt: skip
+
+
+def _check_keys(part: Any, known: set[str], needed: set[str], where: str) -> None:
+    if not isinstance(part, dict) or set(part) - known:
+        raise UserError(f"{where}: unknown keys {sorted(set(part) - known) if isinstance(part, dict) else part!r}")
+    if needed - set(part):
+        raise UserError(f"{where}: {', '.join(sorted(needed - set(part)))} missing")
+
+
+def _fraction(percent: Any, where: str) -> float:
+    """A percentage as a fraction, without the rounding error of the division."""
+    if isinstance(percent, bool) or not isinstance(percent, (int, float)) or not 0 <= percent <= 100:
+        raise UserError(f"{where} {percent!r} is no percentage between 0 and 100")
+    return round(percent / 100, 8)
 
 
 def _same(a: Any, b: Any) -> bool:

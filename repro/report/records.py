@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
+import itertools
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from repro.config import LOCATION_FIELDS
+from repro.config import LOCATION_FIELDS, CellLabel
 from repro.errors import UserError
-from repro.sweep.cell import is_summary
+from repro.report.upgrade import upgrade
 
 REQUIRED = ("experiment", "protocol", "selection", "metrics", "config")
 # What differs between two runs of the same cell that computed the same numbers.
-_CIRCUMSTANCES = ("seconds", "peak_rss_mb", "peak_cuda_mb", "command", "environment", "finished")
+VOLATILE_KEYS = ("seconds", "peak_rss_mb", "peak_cuda_mb", "command", "environment", "finished")
+CELL_FIELDS = tuple(field.name for field in dataclasses.fields(CellLabel))
+_RESERVED = ("path", "experiment", "protocol", "selection", "seed", "settings", "family", *CELL_FIELDS)
 
 
 def check_record(record: Any, where: str) -> dict[str, Any]:
-    """The record, if it is one.
+    """The record as it was written, if it is one.
 
     Raises:
         UserError: a required part is missing or of the wrong type.
@@ -36,14 +41,14 @@ def check_record(record: Any, where: str) -> dict[str, Any]:
     return record
 
 
-def find_records(places: Iterable[str | Path]) -> list[Path]:
+def find_records(places: str | Path | Iterable[str | Path]) -> list[Path]:
     """Record files in folders (searched to any depth), named files, and glob patterns.
 
     Raises:
         UserError: a place holds none.
     """
     found: dict[Path, None] = {}
-    for place in places:
+    for place in [places] if isinstance(places, (str, Path)) else places:
         here = [Path(p) for p in sorted(glob.glob(str(place), recursive=True))]
         files: list[Path] = []
         for path in here:
@@ -57,11 +62,17 @@ def find_records(places: Iterable[str | Path]) -> list[Path]:
     return list(found)
 
 
-def iterate_records(places: Iterable[str | Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, record) for each run's record; a `.jsonl` file holds one a line.
+def iterate_records(
+    places: str | Path | Iterable[str | Path], *, as_written: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, record) for each run's record, in the current schema; a `.jsonl` file holds one per line.
+
+    Args:
+        places: folders, files or glob patterns.
+        as_written: leave older records in their own schema.
 
     Raises:
-        UserError: a file cannot be read, or is not a record.
+        UserError: a file cannot be read, is not a record, or is of a newer schema.
     """
     for path in find_records(places):
         try:
@@ -77,42 +88,70 @@ def iterate_records(places: Iterable[str | Path]) -> Iterator[tuple[str, dict[st
                 record = json.loads(part)
             except ValueError as error:
                 raise UserError(f"{where}: damaged record: {error}") from error
-            if not is_summary(record):
-                yield where, check_record(record, where)
+            if isinstance(record, dict) and "runs" in record and "config" not in record:
+                continue  # the summary that once stood above the runs of several seeds
+            record = check_record(record, where)
+            yield where, record if as_written else upgrade(record, where)
 
 
 def load_records(places: str | Path | Sequence[str | Path]) -> pd.DataFrame:
     """One row per record.
 
+    Columns:
+        data, model, method, order, depth, scale: the record's cell.
+        family: the method without its scale, "ContraNorm + LayerNorm" for "ContraNorm s=1 + LayerNorm".
+        metrics.<name>: numbers, fractions.
+        the config's fields by their own name, or as `config.<name>` where that is one of the columns named here.
+        the record's other values by their own name, or as `record.<name>` where the config has a field of that name.
+        settings: names of the config's columns that decide what was computed, not how.
+        path: where the record was read.
+
     Args:
         places: folders, files or glob patterns.
-
-    Returns:
-        Columns `config.<field>`, `metrics.<name>` (fractions) and the record's other plain values by their own name;
-        `path` tells where each was read.
 
     Raises:
         UserError: nothing there, or a damaged record.
     """
-    rows = []
-    for where, record in iterate_records([places] if isinstance(places, (str, Path)) else places):
-        row: dict[str, Any] = {"path": where}
-        for name, value in record.items():
-            if name in ("config", "metrics"):
-                row |= {f"{name}.{key}": _number(inner) for key, inner in value.items()}
-            elif name not in ("environment",):
-                row[name] = value
-        rows.append(row)
-    if not rows:
+    found = list(iterate_records(places))
+    if not found:
         raise UserError(
             f"{places}: only summaries of several seeds are there, none of their runs: name the folder above"
         )
-    return pd.DataFrame(rows)
+    configured = {name for _, record in found for name in record["config"]}
+    frame = pd.DataFrame([_row(where, record, configured) for where, record in found], dtype=object)
+    for name in frame.columns:
+        if name.startswith("metrics."):
+            frame[name] = pd.to_numeric(frame[name], errors="coerce")
+    return frame
+
+
+def _row(where: str, record: dict[str, Any], configured: set[str]) -> dict[str, Any]:
+    cell = dict.fromkeys(CELL_FIELDS) | (record.get("cell") or {})
+    cell["order"] = tuple(cell["order"] or ())
+    method, scale = cell["method"], cell["scale"]
+    own = {name: f"config.{name}" if name in _RESERVED else name for name in record["config"]}
+    ignored = {*record.get("execution_fields", ()), "seed"}
+    row = {
+        "path": where,
+        **cell,
+        "family": method if scale is None else str(method).replace(f" s={scale:g}", ""),
+        "settings": tuple(column for name, column in own.items() if name not in ignored and name == column),
+    }
+    for name, value in record.items():
+        if name == "metrics":
+            row |= {f"metrics.{key}": _number(inner) for key, inner in value.items()}
+        elif name == "config":
+            row |= {own[key]: _number(inner) for key, inner in value.items()}
+        elif name in ("experiment", "protocol", "selection", "seed"):
+            row[name] = value
+        elif name not in ("cell", "execution_fields"):
+            row[f"record.{name}" if name in configured or name in _RESERVED else name] = value
+    return row
 
 
 def comparable(record: dict[str, Any]) -> dict[str, Any]:
     """What two runs of the same cell must agree in: the record without times, machine and folders."""
-    kept = {name: value for name, value in record.items() if name not in _CIRCUMSTANCES}
+    kept = {name: value for name, value in record.items() if name not in VOLATILE_KEYS}
     kept["config"] = {name: value for name, value in record["config"].items() if name not in LOCATION_FIELDS}
     return kept
 
@@ -120,3 +159,10 @@ def comparable(record: dict[str, Any]) -> dict[str, Any]:
 def _number(value: Any) -> Any:
     """NaN and infinities, which a record holds as strings, as numbers again."""
     return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def records_flag(argv: Sequence[str] | None) -> list[str]:
+    """The arguments, with places of records named before the first flag written as `--records`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    places = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    return [*([f"--records={json.dumps(places)}"] if places else []), *words[len(places) :]]

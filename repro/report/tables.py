@@ -1,6 +1,6 @@
 """Records become tables: mean ± std (n) of every cell, and beside them the published numbers and the reference code's.
 
-Example: python -m repro.report.tables --preset table3 --records results/table3/runs
+Example: python -m repro.report.tables results/table3/runs --preset table3
 """
 
 from __future__ import annotations
@@ -14,29 +14,12 @@ from typing import Any, Literal
 import pandas as pd
 from scipy.stats import ttest_ind_from_stats
 
-from repro.config import LOCATION_FIELDS, parse_config
+from repro.config import parse_config
 from repro.errors import UserError, run_main
 from repro.files import write_atomic
-from repro.report.published import PAPER, Entry, load_entries
-from repro.report.records import load_records
+from repro.report.published import KINDS, Entry, load_entries
+from repro.report.records import CELL_FIELDS, find_records, load_records, records_flag
 
-# Fields that do not change what a run computes, up to rounding: they may differ inside a cell.
-HOW_FIELDS = (
-    *LOCATION_FIELDS,
-    "seed",
-    "device",
-    "implementation",
-    "checkpoint_every",
-    "eval_every",
-    "probe",
-    "num_workers",
-    "preprocessing_num_workers",
-    "cache",
-    "channels_last",
-    "compact_embeddings",
-    "fused_optimizer",
-)
-GNN_SCALED = ("PN", "PN-SI", "PN-SCS")  # their scale is 1 where it is not given
 # What tells the runs of one cell apart: it is averaged over all of them. Graphs with ten splits have runs of each.
 REPLICATES = ("seed", "split")
 
@@ -46,20 +29,21 @@ class Config:
     """What to read, and how to arrange it."""
 
     records: list[str] | str = field(default_factory=list)
-    """A folder, file (record.json, records.jsonl) or glob pattern; several as `--records '[a, b]'`."""
+    """Folders, files (record.json, records.jsonl) or glob patterns; also as the first words, without the flag."""
     preset: Literal["table1", "table2", "table3"] | None = None
     """Rows, columns and metric of one of the paper's tables; flags given beside it win."""
     rows: str | None = None
-    """Comma-separated config fields that make the rows."""
+    """Comma-separated fields that make the rows: data, model, method, family (the method without its scale), depth,
+    scale, or fields of the config."""
     columns: str | None = None
-    """The config field that makes the columns; empty for a single column."""
+    """The field that makes the columns; empty for a single column."""
     metric: str | None = None
     """Name in the records' metrics."""
     where: dict[str, str] = field(default_factory=dict)
-    """Keep only runs whose config fields have these values: `--where '{data: cora}'`."""
+    """Keep only runs whose fields have these values: `--where '{data: cora}'`."""
     best: str | None = None
-    """A field to choose per cell (say norm_scale): the value with the highest mean of `--by` is shown, and named in
-    brackets."""
+    """A field to choose per cell (say scale): the value with the highest mean of `--by` is shown, and named in
+    brackets. With scale, rows by method become rows by family."""
     by: str | None = None
     """The metric that chooses: one of a validation set, as choosing by test would overstate what is reached."""
     average: str | None = None
@@ -85,20 +69,20 @@ class Config:
 
 PRESETS: dict[str, dict[str, str]] = {
     "table1": {
-        "rows": "model,norm",
-        "columns": "task",
+        "rows": "model,method",
+        "columns": "data",
         "metric": "score",
         "average": "cola,mnli,mrpc,qnli,qqp,rte,sst2,stsb",  # all of GLUE but WNLI, as in the paper
     },
-    "table2": {"rows": "data_set,model,norm,scale", "columns": "depth", "metric": "test_accuracy"},
-    "table3": {"rows": "data,norm", "columns": "nlayer", "metric": "test_accuracy"},
+    "table2": {"rows": "data,model,method", "columns": "depth", "metric": "test_accuracy"},
+    "table3": {"rows": "data,method", "columns": "depth", "metric": "test_accuracy"},
 }
 
 
 AVERAGE = "average"  # column name; also how paper.yaml names a mean over tasks
 
 
-def names_in(text: str | None) -> list[str]:
+def split_names(text: str | None) -> list[str]:
     """The names of a comma-separated list."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
@@ -106,48 +90,21 @@ def names_in(text: str | None) -> list[str]:
 # -- the cells -------------------------------------------------------------------------------------------------------
 
 
-def prepare(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Config fields under their own names, and which those are.
-
-    A result that is named as a setting becomes `record.<name>`. The gnn records also get `norm`, a row label made of
-    mode, scale and LayerNorm.
-    """
-    settings = [c.removeprefix("config.") for c in frame.columns if c.startswith("config.")]
-    names = {c: f"record.{c}" for c in frame.columns if c in settings and c != "seed"}  # a result named as a setting
-    plain = frame.drop(columns="seed") if "seed" in settings and "seed" in frame else frame
-    plain = plain.rename(columns=names | {f"config.{name}": name for name in settings})
-    if "split" in plain:  # whole numbers, which pandas makes floats of where some runs have none
-        plain["split"] = pd.Series([_whole(value) for value in plain["split"]], index=plain.index, dtype=object)
-    if "norm_mode" in plain:
-        unset = plain["norm_scale"].isna() & plain["norm_mode"].isin(GNN_SCALED)
-        plain["norm_scale"] = plain["norm_scale"].astype(object).mask(unset, 1.0)
-        plain["norm"] = [_gnn_label(row) for _, row in plain.iterrows()]
-    return plain, settings
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _gnn_label(row: pd.Series[Any]) -> str:
-    label = str(row["norm_mode"])
-    if label == "CN" or (label in GNN_SCALED and row["norm_scale"] != 1):
-        label += f" s={row['norm_scale']:g}"
-    return label + (" + LayerNorm" if row.get("use_layer_norm") else "")
-
-
-def choose(frame: pd.DataFrame, keys: list[str], best: str, by: str) -> pd.DataFrame:
+def select_best(frame: pd.DataFrame, keys: list[str], best: str, by: str) -> pd.DataFrame:
     """Keep, in each group of `keys`, the runs of the value of `best` with the highest mean of metric `by`."""
     if f"metrics.{by}" not in frame:
         raise UserError(f"--by {by}: no record has that metric; there are {_metrics(frame)}")
-    means = frame.groupby([*keys, best], dropna=False, sort=False)[f"metrics.{by}"].mean()
-    if means.isna().any():
-        raise UserError(f"--by {by}: some runs have no such metric")
-    winners = means.reset_index().sort_values(f"metrics.{by}", ascending=False).drop_duplicates(keys)
-    return frame.merge(winners[[*keys, best]], on=[*keys, best])
+    kept = []
+    for _, group in frame.groupby(keys, dropna=False, sort=False):
+        values = group[best].map(text_of)
+        means = group.groupby(values, sort=False)[f"metrics.{by}"].agg(lambda numbers: numbers.mean(skipna=False))
+        if means.isna().any():
+            raise UserError(f"--by {by}: some runs have no such metric")
+        kept.append(group[values == means.idxmax()])
+    return pd.concat(kept)
 
 
-def aggregate(frame: pd.DataFrame, keys: list[str], metric: str, settings: list[str]) -> pd.DataFrame:
+def aggregate(frame: pd.DataFrame, keys: list[str], metric: str) -> pd.DataFrame:
     """Mean, sample standard deviation (NaN for one run) and number of runs per cell.
 
     Raises:
@@ -159,20 +116,23 @@ def aggregate(frame: pd.DataFrame, keys: list[str], metric: str, settings: list[
         raise UserError(f"--metric {metric}: no record has it; there are {_metrics(frame)}")
     for name in keys:
         if name not in frame:
-            raise UserError(f"{name}: no config field of these records")
+            raise UserError(f"{name}: no field of these records")
     cells = []
     for values, group in frame.groupby(keys, dropna=False, sort=False):
         labels = dict(zip(keys, values, strict=True))
         where = ", ".join(f"{k}={v}" for k, v in labels.items())
-        _check_unmixed(group, [s for s in settings if s not in (*keys, *REPLICATES)], where)
-        numbers = pd.to_numeric(_one_per_replicate(group, column, where)[column])
+        _check_unmixed(group, keys, where)
+        numbers = _one_per_replicate(group, column, where)[column]
         if numbers.isna().any():
             raise UserError(
                 f"cell {where}: {metric} is missing or not a number in {_first(group[group[column].isna()])}"
             )
-        known = {name: group[name].iloc[0] for name in frame.columns if "." not in name and name not in labels}
-        cells.append({**known, **labels, "mean": numbers.mean(), "std": numbers.std(ddof=1), "n": len(numbers)})
+        cells.append({**group.iloc[0], **labels, **_spread(numbers)})
     return pd.DataFrame(cells)
+
+
+def _spread(numbers: pd.Series[Any]) -> dict[str, Any]:
+    return {"mean": numbers.mean(), "std": numbers.std(ddof=1), "n": len(numbers)}
 
 
 def add_average(
@@ -194,17 +154,18 @@ def add_average(
         part = part.assign(replicate=replicate(part))
         by_run = part.pivot_table(index="replicate", columns=columns, values=f"metrics.{metric}").dropna().mean(axis=1)
         if len(by_run):
-            labels = dict(zip(rows, values, strict=True))
-            known = {k: part[k].iloc[0] for k in ("protocol", "selection", "experiment")}
-            spread = {"mean": by_run.mean(), "std": by_run.std(ddof=1), "n": len(by_run)}
-            added.append({**known, **labels, columns: name, **spread})
+            known = {k: part[k].iloc[0] for k in ("protocol", "selection", "experiment", "method", "family", "order")}
+            labels = dict(zip(rows, values, strict=True)) | {columns: name}
+            added.append({**known, **labels, **_spread(by_run)})
     return pd.concat([cells, pd.DataFrame(added)], ignore_index=True)
 
 
-def _check_unmixed(group: pd.DataFrame, settings: list[str], where: str) -> None:
-    for name in ("protocol", "selection", "experiment", *settings):
-        values = sorted({str(v) for v in group[name]})
-        if len(values) > 1 and name not in HOW_FIELDS:
+def _check_unmixed(group: pd.DataFrame, keys: list[str], where: str) -> None:
+    """All runs of a cell share everything that decides what was computed, but seed and split."""
+    settings = dict.fromkeys(name for names in group["settings"] for name in names)
+    for name in ("protocol", "selection", "experiment", *settings, *reversed(CELL_FIELDS)):
+        values = sorted({text_of(value) or "unset" for value in group[name]})
+        if len(values) > 1 and name not in (*keys, *REPLICATES, "order"):
             raise UserError(f"cell {where} mixes {name}: {', '.join(values)}; add it to --rows, or choose with --where")
 
 
@@ -243,39 +204,81 @@ def _first(group: pd.DataFrame) -> str:
 
 
 def p_value(a: tuple[float, float | None, int | None], b: tuple[float, float | None, int | None]) -> float | None:
-    """Welch's t-test from two (mean, std, n); None unless both have a std from at least two runs."""
+    """Welch's t-test from two (mean, std, n); None unless both have a std, not 0, from at least two runs."""
     for _, std, n in (a, b):
-        if std is None or pd.isna(std) or n is None or n < 2:
+        if not std or pd.isna(std) or n is None or n < 2:
             return None
-    if a[1] == 0 and b[1] == 0:
-        return None
     return float(ttest_ind_from_stats(a[0], a[1], a[2], b[0], b[1], b[2], equal_var=False).pvalue)
 
 
 def compare(
-    cells: pd.DataFrame, keys: list[str], metric: str, entries: list[Entry], percent: bool, best: str | None = None
-) -> pd.DataFrame:
-    """One row per cell that has a number from elsewhere: published | reference code as run | ours | difference | p."""
-    rows = []
-    for _, cell in cells.iterrows():
-        known = {str(k): v for k, v in cell.to_dict().items()}
-        found = {kind: [e for e in entries if e.kind == kind and e.fits(known, metric)] for kind in _KIND_TITLES}
-        if not any(found.values()):
-            continue
-        row: dict[str, str] = {key: text_of(cell[key]) for key in [*keys, *([best] if best else [])]}
-        for kind, title in _KIND_TITLES.items():
-            row[title] = " / ".join(show(e.mean, e.std, e.n, percent) for e in found[kind])
-        row["ours"] = show(cell["mean"], cell["std"], cell["n"], percent)
-        # Against the released code where it was run here (it has a spread), else against the published number.
-        other = (found["reference-run"] or found["published"])[0]
-        row["difference"] = f"{(cell['mean'] - other.mean) * (100 if percent else 1):+.{2 if percent else 4}f}"
-        p = p_value((cell["mean"], cell["std"], int(cell["n"])), (other.mean, other.std, other.n))
-        row["p (Welch)"] = "" if p is None else f"{p:.2g}"
-        rows.append(row)
-    return pd.DataFrame(rows)
+    frame: pd.DataFrame, cells: pd.DataFrame, rows: list[str], metric: str, entries: list[Entry], config: Config
+) -> tuple[pd.DataFrame, list[str]]:
+    """One row per cell that has a number from elsewhere, and the notes below it: marks, then sources.
+
+    A cell without a number for `metric` shows those of the other metrics that its runs have, say a published F1 beside
+    our F1. Of the columns, only those that hold something are shown.
+    """
+    keys = [*rows, config.columns] if config.columns else rows
+    others = dict.fromkeys(e.metric for e in entries if e.metric != metric and f"metrics.{e.metric}" in frame)
+    table, marks, sources = [], _Marks(), dict[str, dict[str, None]]()
+    compared: set[tuple[str, ...]] = set()
+    for name in (metric, *others):
+        if name != metric:
+            measured = frame.dropna(subset=f"metrics.{name}")
+            cells = _sorted(aggregate(measured, keys, name), rows, config.columns)
+        for cell in _dicts(cells):
+            labels = tuple(text_of(cell[key]) for key in keys)
+            found = [entry for entry in entries if entry.metric == name and entry.fits(cell)]
+            if not found or (name != metric and labels in compared):
+                continue
+            compared |= {labels} if name == metric else set()
+            for entry in found:
+                sources.setdefault(KINDS[entry.kind], {})[entry.source] = None
+            chosen = {config.best: text_of(cell[config.best])} if config.best and config.best not in keys else {}
+            row = dict(zip(keys, labels, strict=True)) | chosen | {"metric": name}
+            table.append(row | _beside(cell, found, marks, config.percent))
+    beside = pd.DataFrame(table)
+    if beside.empty:
+        return beside, []
+    if set(beside["metric"]) == {metric}:
+        beside = beside.drop(columns="metric")
+    beside = beside[[name for name in beside if name in keys or (beside[name] != "").any()]]
+    notes = [f"{mark} {note}" for note, mark in marks.used.items()]
+    return beside, [*notes, *(f"{title}: {'; '.join(of)}" for title, of in sources.items())]
 
 
-_KIND_TITLES = {"published": "published", "reference-run": "reference code as run"}
+def _beside(cell: dict[str, Any], found: list[Entry], marks: _Marks, percent: bool) -> dict[str, str]:
+    """The numbers of one kind in one column, then ours and how they differ.
+
+    The difference is taken to the released code where it was run here (it has a spread), else to what the authors
+    published, else to another's re-run.
+    """
+    row = {}
+    for kind, title in KINDS.items():
+        entries = [entry for entry in found if entry.kind == kind]
+        row[title] = " / ".join(show(e.mean, e.std, e.n, percent) + marks.of(e.notes(cell)) for e in entries)
+    ranks = ("reference-run", "authors", "third-party re-run")
+    other = min(found, key=lambda entry: ranks.index(entry.kind))
+    p = p_value((cell["mean"], cell["std"], int(cell["n"])), (other.mean, other.std, other.n))
+    difference = cell["mean"] - other.mean
+    return row | {
+        "ours": show(cell["mean"], cell["std"], cell["n"], percent),
+        "difference": f"{difference * 100:+.2f}" if percent else f"{difference:+.4f}",
+        "p (Welch)": "" if p is None else f"{p:.2g}",
+    }
+
+
+class _Marks:
+    """One mark for each note, in order of use."""
+
+    def __init__(self) -> None:
+        self.used: dict[str, str] = {}
+
+    def of(self, notes: list[str]) -> str:
+        for note in notes:
+            self.used.setdefault(note, "†‡§¶‖"[len(self.used) % 5] * (1 + len(self.used) // 5))
+        return "".join(f" {self.used[note]}" for note in notes)
 
 
 def show(mean: float, std: float | None, n: int | None, percent: bool = True) -> str:
@@ -305,7 +308,7 @@ def pivot(cells: pd.DataFrame, rows: list[str], columns: str, percent: bool, bes
         return labels.assign(**{"mean ± std (n)": texts["text"]})
     present = list(dict.fromkeys(texts[columns]))
     averages = [c for c in present if str(c).startswith(AVERAGE)]
-    order = sorted(c for c in present if c not in averages) + averages
+    order = sorted((c for c in present if c not in averages), key=_sortable) + averages
     table = []
     for values, group in texts.groupby(rows, dropna=False, sort=False):
         by_column = dict(zip(group[columns], group["text"], strict=True))
@@ -317,18 +320,24 @@ def pivot(cells: pd.DataFrame, rows: list[str], columns: str, percent: bool, bes
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def render(table: pd.DataFrame, style: str) -> str:
-    """A table of strings as Markdown, CSV or LaTeX."""
-    if style == "csv":
-        return str(table.to_csv(index=False))
-    head, body = [str(c) for c in table.columns], table.astype(str).to_numpy().tolist()
-    if style == "latex":
-        lines = [r"\begin{tabular}{" + "l" * len(head) + "}", r"\toprule", _latex(head), r"\midrule"]
-        return "\n".join([*lines, *map(_latex, body), r"\bottomrule", r"\end{tabular}"]) + "\n"
-    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-    rows = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [head, *body]]
+def markdown_table(table: pd.DataFrame) -> str:
+    """A table as Markdown, its columns aligned also in the source."""
+    lines = [[str(name) for name in table.columns], *table.astype(str).to_numpy().tolist()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     rows.insert(1, ["-" * width for width in widths])
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def render(table: pd.DataFrame, style: str) -> str:
+    """A table as Markdown, CSV or LaTeX."""
+    if style == "markdown":
+        return markdown_table(table)
+    if style == "csv":
+        return str(table.to_csv(index=False))
+    head, body = [str(name) for name in table.columns], table.astype(str).to_numpy().tolist()
+    lines = [r"\begin{tabular}{" + "l" * len(head) + "}", r"\toprule", _latex(head), r"\midrule"]
+    return "\n".join([*lines, *map(_latex, body), r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
 def _latex(row: list[str]) -> str:
@@ -356,84 +365,95 @@ def _splits(frame: pd.DataFrame) -> str:
     return f", splits {', '.join(map(str, found))}" if len(found) > 1 else ""
 
 
-def build(config: Config, entries: list[Entry]) -> str:
-    """The whole text: caption, table, and the comparison where numbers from elsewhere exist."""
-    frame, settings = prepare(load_records(config.records))
-    for name, wanted in config.where.items():
+def select_runs(frame: pd.DataFrame, where: dict[str, str]) -> pd.DataFrame:
+    """The runs whose fields have these values.
+
+    Raises:
+        UserError: no record has such a field, or none is left.
+    """
+    for name, wanted in where.items():
         if name not in frame:
-            raise UserError(f"--where {name}: no config field of these records")
+            raise UserError(f"--where {name}: no field of these records")
         frame = frame[frame[name].map(str) == str(wanted)]
     if frame.empty:
         raise UserError("no record is left after --where")
-    rows, columns = names_in(config.rows), config.columns or ""
+    return frame
+
+
+def build(config: Config, entries: list[Entry]) -> str:
+    """The whole text: caption, table, and the comparison where numbers from elsewhere exist."""
+    frame = select_runs(load_records(config.records), config.where)
+    rows, columns, metric = split_names(config.rows), config.columns or "", str(config.metric)
+    if config.best == "scale":
+        rows = ["family" if name == "method" else name for name in rows]
+    if config.best == "scale":
+        rows = ["family" if name == "method" else name for name in rows]
     keys = [*rows, columns] if columns else rows
-    metric = str(config.metric)
     if config.best and config.by:
         if config.best not in frame:
-            raise UserError(f"--best {config.best}: no config field of these records")
-        frame = choose(frame, keys, config.best, config.by)
-    cells = aggregate(frame, keys, metric, settings)
+            raise UserError(f"--best {config.best}: no field of these records")
+        frame = select_best(frame, keys, config.best, config.by)
+    cells = _sorted(aggregate(frame, keys, metric), rows, columns)
     if len(set(cells["protocol"])) > 1 and "protocol" not in keys:
         raise UserError(
             f"the records mix protocols ({', '.join(sorted(set(cells['protocol'])))}): add protocol to --rows, "
             "or choose one with --where '{protocol: ...}'"
         )
-    cells = _sorted(cells, rows)
     if config.average and columns:
-        cells = add_average(cells, frame, rows, columns, metric, names_in(config.average))
+        cells = _sorted(add_average(cells, frame, rows, columns, metric, split_names(config.average)), rows, columns)
     best = None if config.best in keys else config.best
     table = render(pivot(cells, rows, columns, config.percent, best), config.format)
-    beside = compare(cells, keys, metric, entries, config.percent, best)
+    beside, notes = compare(frame, cells, rows, metric, entries, config)
     if config.format == "csv":
         return table if beside.empty else f"{table}\n{render(beside, 'csv')}"
-    mark = "% " if config.format == "latex" else ""
-    text = f"{mark}{_caption(frame, config)}\n\n{table}"
-    return text if beside.empty else f"{text}\n{render(beside, config.format)}"
+    comment = "% " if config.format == "latex" else ""
+    text = f"{comment}{_caption(frame, config)}\n\n{table}"
+    if beside.empty:
+        return text
+    below = "\n".join(f"{comment}{'' if comment else '- '}{note}." for note in notes)
+    return f"{text}\n{render(beside, config.format)}\n{below}\n"
 
 
-NORM_ORDER = ("None", "LN", "PN", "PN-SI", "PN-SCS", "BatchNorm", "CN")
+def _sorted(cells: pd.DataFrame, rows: list[str], columns: str | None = None) -> pd.DataFrame:
+    """Cells as a reader expects them: by data and model, then in the methods' own order, then by the other fields."""
+    by = [name for name in (*rows, columns) if name]
+    where = [name for name in by if name in ("data", "model")]
+    cells = cells.reset_index(drop=True)
+    places = [
+        (*(_sortable(cell[name]) for name in where), cell["order"], *(_sortable(cell[name]) for name in by))
+        for cell in _dicts(cells)
+    ]
+    return cells.loc[sorted(range(len(cells)), key=places.__getitem__)]
 
 
-def _sorted(cells: pd.DataFrame, rows: list[str]) -> pd.DataFrame:
-    """Rows as a reader expects them: baselines first, without the LayerNorm before with it, scales ascending."""
-    if "norm_mode" not in cells:
-        return cells.sort_values(rows, kind="stable", key=lambda column: column.map(_sortable))
-    rank = {name: index for index, name in enumerate(NORM_ORDER)}
-    order = pd.DataFrame(
-        {
-            "data": cells["data"],
-            "mode": [rank.get(str(m), len(rank)) for m in cells["norm_mode"]],
-            "scale": pd.to_numeric(cells["norm_scale"]).fillna(0.0),
-            "layer_norm": cells["use_layer_norm"],
-        }
-    )
-    return cells.loc[order.sort_values(list(order.columns), kind="stable").index]
+def _dicts(cells: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in cell.items()} for cell in cells.to_dict("records")]
 
 
 def _sortable(value: Any) -> tuple[int, float, str]:
-    """Numbers by size, then texts; what is not set, and what says `none`, first."""
+    """What is not set first, then numbers by size, then texts."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not pd.isna(value):
         return 1, float(value), ""
     text = text_of(value)
-    return (0, 0.0, text) if text.lower() in ("", "none", "vanilla", "layer") else (2, 0.0, text)
+    return (2, 0.0, text) if text else (0, 0.0, "")
 
 
-def label_order(cells: pd.DataFrame, label: str) -> list[Any]:
+def ordered_labels(cells: pd.DataFrame, label: str) -> list[Any]:
     """The values of a field in the order in which tables and figures list them."""
-    return list(dict.fromkeys(_sorted(cells.reset_index(drop=True), [label])[label]))
+    return list(dict.fromkeys(_sorted(cells, [label])[label]))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    config = parse_config(Config, argv, prog="python -m repro.report.tables", description=__doc__ or "")
+    config = parse_config(Config, records_flag(argv), prog="python -m repro.report.tables", description=__doc__ or "")
+    find_records(config.records)  # a wrong path is the first thing to say
     preset = PRESETS.get(config.preset or "", {})
     given: dict[str, Any] = {k: v if getattr(config, k) is None else getattr(config, k) for k, v in preset.items()}
     config = dataclasses.replace(config, **given)
     missing = [f"--{name}" for name in ("rows", "metric") if not getattr(config, name)]
     if missing:
         raise UserError(f"{' and '.join(missing)} missing: give them, or a --preset ({', '.join(PRESETS)})")
-    entries = [e for e in load_entries(PAPER) if config.preset in (None, e.table)]
-    text = build(config, entries)
+    text = build(config, load_entries())
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(config.output), text.encode())

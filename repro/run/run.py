@@ -31,10 +31,10 @@ import torch
 import yaml
 
 from repro.checkpoint import load_checkpoint, save_checkpoint
-from repro.config import LOCATION_FIELDS, load_yaml, to_yaml
+from repro.config import LOCATION_FIELDS, RunConfig, load_yaml, to_yaml
 from repro.errors import Interrupted, UserError
 from repro.files import write_atomic
-from repro.run.track import NONE, Trackers
+from repro.run.track import NONE, Trackers, any_process, is_done
 
 SCHEMA = 2
 _PACKAGES = ("torch", "numpy", "torch_geometric", "transformers", "datasets", "timm", "accelerate")
@@ -99,7 +99,7 @@ class Run:
     Args:
         output_dir: the folder; made if missing.
         experiment: name of the sub-project, for the record.
-        config: dataclass of all settings; with a field `seed`.
+        config: all settings; says in which cell of a table the run stands.
         main: False in the processes that only help (rank > 0): they read, and write nothing.
         report_to: trackers that get every line of metrics too ("tensorboard", "wandb,mlflow", ...); see `track`.
 
@@ -108,7 +108,7 @@ class Run:
     """
 
     def __init__(
-        self, output_dir: str | Path, experiment: str, config: Any, *, main: bool = True, report_to: str = NONE
+        self, output_dir: str | Path, experiment: str, config: RunConfig, *, main: bool = True, report_to: str = NONE
     ) -> None:
         self.folder = Path(output_dir)
         self.experiment = experiment
@@ -119,6 +119,7 @@ class Run:
         self._trackers = Trackers(report_to if main else NONE)
         self._lines = 0
         self._stop_signal: int | None = None
+        self._agreed: bool | None = None
         self._lock: IO[str] | None = None
         self._handlers: dict[int, Any] = {}
 
@@ -138,7 +139,7 @@ class Run:
                 raise UserError(f"--output_dir {self.folder}: another process is writing this run") from error
             try:
                 self._check_same_config()
-                self._sweep_up()
+                self._remove_leftovers()
             except BaseException:
                 self._lock.close()  # __exit__ is not called for a block that was never entered
                 raise
@@ -173,12 +174,14 @@ class Run:
                 raise UserError(f"{path}: not the settings of a run: delete the folder to run again")
             names = [k for k in {**theirs, **mine} if k not in LOCATION_FIELDS and theirs.get(k) != mine.get(k)]
             if names:
-                told = ", ".join(f"{k}={theirs.get(k)!r} there, {mine.get(k)!r} here" for k in names[:3])
-                raise UserError(f"--output_dir {self.folder} holds a run with other settings ({told}): choose another")
+                differences = ", ".join(f"{k}={theirs.get(k)!r} there, {mine.get(k)!r} here" for k in names[:3])
+                raise UserError(
+                    f"--output_dir {self.folder} holds a run with other settings ({differences}): choose another"
+                )
         else:
             write_atomic(path, to_yaml(self.config).encode())
 
-    def _sweep_up(self) -> None:
+    def _remove_leftovers(self) -> None:
         """Remove what a process that was killed while it wrote has left; nobody else writes here (the lock)."""
         for name in ("args.yaml", "env.json", "metrics.jsonl", "record.json"):
             for path in self.folder.glob(f".{name}.*.tmp"):
@@ -193,7 +196,7 @@ class Run:
     @property
     def done(self) -> bool:
         """True when record.json is there."""
-        return (self.folder / "record.json").exists()
+        return is_done(self.folder)
 
     @property
     def seconds(self) -> float:
@@ -202,13 +205,16 @@ class Run:
 
     @property
     def stop_requested(self) -> bool:
-        """True after SIGTERM or SIGUSR2; `checkpoint` then saves and leaves."""
+        """True after SIGTERM or SIGUSR2; `checkpoint` then saves and leaves. Several processes: `agree_to_stop`."""
         return self._stop_signal is not None
 
-    @property
-    def stop_signal(self) -> int | None:
-        """The signal that asked for it."""
-        return self._stop_signal
+    def agree_to_stop(self) -> bool:
+        """True on every process when any of them was asked to stop; collective: call it at the same step everywhere.
+
+        From then on `checkpoint` leaves when the last answer was True, not when this process alone got a signal.
+        """
+        self._agreed = any_process(self.stop_requested)
+        return self._agreed
 
     def log(self, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -234,7 +240,7 @@ class Run:
         self.previous_seconds = tree["seconds"]
         self.started = time.monotonic()
         if self.main:
-            print(f"going on from step {step} of {self.folder}")
+            print(f"resuming from step {step} of {self.folder}")
         return step, tree["state"]
 
     def checkpoint(self, step: int, state: Any) -> None:
@@ -242,10 +248,10 @@ class Run:
         if self.main:
             tree = {"lines": self._lines, "seconds": self.seconds, "state": state}
             save_checkpoint(self.folder / "checkpoints", step, tree)
-        if self._stop_signal is not None:
+        if self.stop_requested if self._agreed is None else self._agreed:
             if self.main:
-                print(f"stopped at step {step}; the same command goes on", file=sys.stderr)
-            raise Interrupted(self._stop_signal)
+                print(f"stopped at step {step}; re-running the command resumes", file=sys.stderr)
+            raise Interrupted(self._stop_signal or signal.SIGTERM)
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -264,12 +270,12 @@ class Run:
         record = {
             "schema": SCHEMA,
             "experiment": self.experiment,
-            "cell": plain(self.config.label()) if hasattr(self.config, "label") else None,
-            "execution_fields": list(getattr(self.config, "EXECUTION_FIELDS", LOCATION_FIELDS)),
+            "cell": plain(self.config.label()),
+            "execution_fields": list(self.config.EXECUTION_FIELDS),
             "protocol": protocol,
             "selection": selection,
             "metrics": plain(metrics),
-            "seed": getattr(self.config, "seed", None),
+            "seed": self.config.seed,
             "config": plain(yaml.safe_load(to_yaml(self.config))),
             **plain(extra),
             "seconds": round(self.seconds, 3),

@@ -1,6 +1,6 @@
-"""Three ways to run the cells of a sweep: child processes, submitit on this machine, submitit on a SLURM cluster.
+"""Two ways to run the cells of a sweep: child processes on this machine, or submitit on a SLURM cluster.
 
-A launcher starts cells and says whether a try is over; how it ended is read from the cell's folder (repro.sweep.cell).
+A launcher starts cells and says whether an attempt has finished; how it ended is read from the cell's folder.
 """
 
 from __future__ import annotations
@@ -10,40 +10,42 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from repro.errors import UserError
-from repro.sweep.cell import Cell, CellRunner, Status, is_done, is_held, status
+from repro.run.track import is_done
+from repro.sweep.cell import Cell
+from repro.sweep.preload import Preloader
+from repro.sweep.runner import CellRunner
+from repro.sweep.status import Status, status
 
 STOP_SECONDS = 60  # a stopped cell may save that long before it is killed
 ARRAY_LIMIT = 1000  # SLURM's default MaxArraySize, less one
-GONE = "GONE"  # not a word of SLURM's: the queue does not know the job any more
+GONE = "GONE"  # not one of SLURM's words: the queue no longer knows the job
 # States of `squeue` in which a job will not run any more.
-OVER = frozenset(
+FINISHED = frozenset(
     ["BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"]
     + [GONE]
 )
 
 
 @dataclass
-class Try:
+class Attempt:
     """One try of one cell.
 
     Attributes:
         cell: what runs.
-        ticket: found again in cell.json when it is this try that wrote it.
-        handle: what the launcher needs: a thread, a submitit job, a SLURM job's number.
+        attempt_id: found again in cell.json when it is this attempt that wrote it.
+        handle: what the launcher needs: the cell's runner, or the number of its SLURM job.
     """
 
     cell: Cell
-    ticket: str
+    attempt_id: str
     handle: Any
 
 
@@ -53,111 +55,72 @@ class Launcher(Protocol):
     capacity: int
     poll_seconds: float
 
-    def start(self, cells: list[Cell]) -> list[Try]:
+    def start(self, cells: list[Cell]) -> list[Attempt]:
         """Start some cells."""
         ...
 
-    def over(self, tries: list[Try]) -> list[Try]:
-        """Those of `tries` that have ended in whatever way."""
+    def finished(self, attempts: list[Attempt]) -> list[Attempt]:
+        """Those of `attempts` that have ended in whatever way."""
         ...
 
-    def settled(self, attempt: Try) -> Status:
-        """How an ended try left its cell."""
+    def final_status(self, attempt: Attempt) -> Status:
+        """How a finished attempt left its cell."""
         ...
 
-    def stop(self, tries: list[Try]) -> None:
+    def stop(self, attempts: list[Attempt]) -> None:
         """Make the cells save and leave."""
+        ...
+
+    def close(self) -> None:
+        """Release what the launcher itself needs."""
         ...
 
 
 def _runner(cell: Cell, threads: int) -> CellRunner:
-    # submitit's local executor hides the GPUs from a job that asked for none: a cell sees what the sweep sees.
-    environment = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
-    return CellRunner(cell, threads=threads, ticket=uuid.uuid4().hex, environment=environment, cwd=os.getcwd())
-
-
-def cell_threads(jobs: int) -> int:
-    """Each cell's share of the cores that this process may use."""
-    return max(1, len(os.sched_getaffinity(0)) // jobs)
-
-
-class ChildLauncher:
-    """`--cluster none`: child processes of the sweep, without submitit."""
-
-    poll_seconds = 0.1
-
-    def __init__(self, jobs: int) -> None:
-        self.capacity = jobs
-
-    def start(self, cells: list[Cell]) -> list[Try]:
-        """Start some cells, each watched by a thread."""
-        tries = []
-        for cell in cells:
-            runner = _runner(cell, cell_threads(self.capacity))
-            thread = threading.Thread(target=_call, args=(runner,), daemon=True)
-            thread.start()
-            tries.append(Try(cell, runner.ticket, (thread, runner)))
-        return tries
-
-    def over(self, tries: list[Try]) -> list[Try]:
-        """Those whose thread has ended."""
-        return [t for t in tries if not t.handle[0].is_alive()]
-
-    def settled(self, attempt: Try) -> Status:
-        """What the cell's folder says."""
-        return status(attempt.cell)
-
-    def stop(self, tries: list[Try]) -> None:
-        """SIGTERM, then SIGKILL to those that take too long."""
-        for attempt in tries:
-            attempt.handle[1].stop(signal.SIGTERM)
-        _wait_then(lambda: all(not t.handle[0].is_alive() for t in tries))
-        for attempt in tries:
-            attempt.handle[1].stop(signal.SIGKILL)
-
-
-def _call(runner: CellRunner) -> None:
-    try:
-        runner()
-    except (OSError, UserError) as error:
-        print(f"warning: {runner.cell.folder}: {error}", file=sys.stderr)
+    return CellRunner(cell, threads=threads, attempt_id=uuid.uuid4().hex, cwd=os.getcwd())
 
 
 class LocalLauncher:
-    """`--cluster local`: submitit's executor for this machine."""
+    """`--cluster local`: child processes of the sweep; lines that allow it start with their modules imported."""
 
-    poll_seconds = 0.2
+    poll_seconds = 0.05
 
-    def __init__(self, jobs: int, folder: Path) -> None:
+    def __init__(self, jobs: int) -> None:
         self.capacity = jobs
-        self._executor = _submitit().LocalExecutor(folder=folder)
-        self._executor.update_parameters(timeout_min=60 * 24 * 365)
+        self._threads = max(1, len(os.sched_getaffinity(0)) // jobs)  # a cell's share of the cores
+        self._preloader = Preloader()
 
-    def start(self, cells: list[Cell]) -> list[Try]:
-        """Start some cells; a Ctrl-C at the terminal must reach the sweep alone, which then stops them in order."""
-        tries = []
-        with _deaf_to_interrupts():
-            for cell in cells:
-                runner = _runner(cell, cell_threads(self.capacity))
-                tries.append(Try(cell, runner.ticket, self._executor.submit(runner)))
-        return tries
+    def start(self, cells: list[Cell]) -> list[Attempt]:
+        """Start some cells."""
+        attempts = []
+        for cell in cells:
+            runner = _runner(cell, self._threads)
+            try:
+                runner.start(self._preloader)
+            except (OSError, UserError) as error:
+                print(f"warning: {cell.folder}: {error}", file=sys.stderr)
+            attempts.append(Attempt(cell, runner.attempt_id, runner))
+        return attempts
 
-    def over(self, tries: list[Try]) -> list[Try]:
-        """Those whose controller process has ended."""
-        return [t for t in tries if t.handle.done()]
+    def finished(self, attempts: list[Attempt]) -> list[Attempt]:
+        """Those whose process has ended."""
+        return [attempt for attempt in attempts if attempt.handle.poll()]
 
-    def settled(self, attempt: Try) -> Status:
+    def final_status(self, attempt: Attempt) -> Status:
         """What the cell's folder says."""
         return status(attempt.cell)
 
-    def stop(self, tries: list[Try]) -> None:
-        """SIGTERM to the controllers (submitit's own `cancel` would kill a cell while it saves)."""
-        for attempt in tries:
-            if not attempt.handle.done():
-                os.kill(int(attempt.handle.job_id), signal.SIGTERM)
-        if not _wait_then(lambda: all(t.handle.done() and not is_held(t.cell.folder) for t in tries)):
-            for attempt in tries:
-                attempt.handle.cancel()
+    def stop(self, attempts: list[Attempt]) -> None:
+        """SIGTERM, then SIGKILL to those that take too long."""
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            for attempt in attempts:
+                attempt.handle.stop(signum)
+            if _wait_for(lambda: len(self.finished(attempts)) == len(attempts)):
+                return
+
+    def close(self) -> None:
+        """Stop the processes that have the modules imported."""
+        self._preloader.close()
 
 
 class SlurmLauncher:
@@ -179,12 +142,10 @@ class SlurmLauncher:
             # Below ten minutes submitit counts every preemption as a time-out: do not let it give up.
             self._executor = _submitit().SlurmExecutor(folder=folder, max_num_timeout=1000)
             self._executor.update_parameters(array_parallelism=jobs, **parameters)
-        except RuntimeError as error:
-            raise UserError(f"--cluster slurm: {error}") from error
-        except (ValueError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             raise UserError(f"--cluster slurm: {error}") from error
 
-    def start(self, cells: list[Cell]) -> list[Try]:
+    def start(self, cells: list[Cell]) -> list[Attempt]:
         """Submit the cells as one job array."""
         threads = int(self._executor.parameters.get("cpus_per_task", 1))
         runners = [_runner(cell, threads) for cell in cells]
@@ -193,55 +154,59 @@ class SlurmLauncher:
                 jobs = [self._executor.submit(runner) for runner in runners]
         except Exception as error:  # submitit wraps sbatch's own message in one of several types
             raise UserError(f"--cluster slurm: sbatch refused the jobs: {_last_line(error)}") from error
-        tries = [Try(r.cell, r.ticket, job.job_id) for r, job in zip(runners, jobs, strict=True)]
-        for attempt in tries:
-            self._note({"line": attempt.cell.line, "ticket": attempt.ticket, "job": attempt.handle})
-        return tries
+        attempts = [Attempt(r.cell, r.attempt_id, job.job_id) for r, job in zip(runners, jobs, strict=True)]
+        for attempt in attempts:
+            self._note(attempt)
+        return attempts
 
-    def queued(self, cells: list[Cell]) -> list[Try]:
+    def queued(self, cells: list[Cell]) -> list[Attempt]:
         """Tries of an earlier sweep over this folder that are still in the queue."""
         states = queue_states()
         if not states:
             return []
         jobs = read_ledger(self._ledger)
         return [
-            Try(cell, job["ticket"], job["job"])
+            Attempt(cell, job["attempt_id"], job["job"])
             for cell in cells
-            if (job := jobs.get(cell.line)) and "over" not in job and states.get(job["job"], GONE) not in OVER
+            if (job := jobs.get(cell.line)) and "finished" not in job and states.get(job["job"], GONE) not in FINISHED
         ]
 
-    def over(self, tries: list[Try]) -> list[Try]:
+    def finished(self, attempts: list[Attempt]) -> list[Attempt]:
         """Those that the queue no longer holds, looked at twice: a requeued job may be absent for a moment."""
         states = queue_states()
         if states is None:  # the controller does not answer: only a record can tell that a try is over
-            return [attempt for attempt in tries if is_done(attempt.cell.folder)]
+            return [attempt for attempt in attempts if is_done(attempt.cell.folder)]
         ended = []
-        for attempt in tries:
+        for attempt in attempts:
             state = states.get(attempt.handle, GONE)
-            if state not in OVER:
-                self._missing.pop(attempt.ticket, None)
+            if state not in FINISHED:
+                self._missing.pop(attempt.attempt_id, None)
                 continue
-            self._missing[attempt.ticket] = self._missing.get(attempt.ticket, 0) + 1
-            if self._missing[attempt.ticket] >= 2:
+            self._missing[attempt.attempt_id] = self._missing.get(attempt.attempt_id, 0) + 1
+            if self._missing[attempt.attempt_id] >= 2:
                 ended.append(attempt)
                 # SLURM forgets a job after minutes: what became of it is kept for --status.
-                self._note({"line": attempt.cell.line, "ticket": attempt.ticket, "job": attempt.handle, "over": state})
+                self._note(attempt, finished=state)
         return ended
 
-    def settled(self, attempt: Try) -> Status:
+    def final_status(self, attempt: Attempt) -> Status:
         """What the cell's folder says, and what SLURM says of the job."""
         return queue_status(attempt.cell, read_ledger(self._ledger).get(attempt.cell.line), {})
 
-    def _note(self, entry: dict[str, str]) -> None:
+    def _note(self, attempt: Attempt, **news: str) -> None:
+        entry = {"line": attempt.cell.line, "attempt_id": attempt.attempt_id, "job": attempt.handle} | news
         with open(self._ledger, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def stop(self, tries: list[Try]) -> None:
-        """Leave the jobs in the queue: a cluster's work outlives the terminal; say how to go on and how to cancel."""
-        numbers = sorted({t.handle.split("_")[0] for t in tries})
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def stop(self, attempts: list[Attempt]) -> None:
+        """Leave the jobs in the queue: a cluster's work outlives the terminal; say how to resume and how to cancel."""
+        numbers = sorted({t.handle.split("_")[0] for t in attempts})
         print(
-            f"{len(tries)} cells stay in the queue: the same sweep finds them again; `scancel {' '.join(numbers)}` "
-            "cancels them",
+            f"{len(attempts)} cells stay in the queue: re-running the sweep finds them again; "
+            f"`scancel {' '.join(numbers)}` cancels them",
             file=sys.stderr,
         )
 
@@ -262,7 +227,7 @@ def ledger_path(results: Path) -> Path:
 
 
 def read_ledger(path: Path) -> dict[str, dict[str, str]]:
-    """Line of a cell → its last job: `job`, `ticket`, and `over` (the job's last state) once it has ended."""
+    """Line of a cell → its last job: `job`, `attempt_id`, and `finished` (the job's last state) once it has ended."""
     jobs: dict[str, dict[str, str]] = {}
     try:
         text = path.read_text(encoding="utf-8")
@@ -271,7 +236,7 @@ def read_ledger(path: Path) -> dict[str, dict[str, str]]:
     for line in text.splitlines():
         try:
             entry = json.loads(line)
-            jobs[entry["line"]] = entry
+            jobs[entry["line"]] = {name: entry[name] for name in ("job", "attempt_id")} | entry
         except (ValueError, TypeError, KeyError):
             continue  # the end of a line that was being written when the sweep died
     return jobs
@@ -288,10 +253,10 @@ def queue_status(cell: Cell, job: dict[str, str] | None, states: dict[str, str])
     found = status(cell)
     if job is None or found.state in ("done", "running"):
         return found
-    if found.details and found.details.get("ticket") != job["ticket"]:
+    if found.details and found.details.get("attempt_id") != job["attempt_id"]:
         return found  # the last try was not this job's
-    state = job.get("over") or states.get(job["job"], GONE)
-    if state not in OVER:
+    state = job.get("finished") or states.get(job["job"], GONE)
+    if state not in FINISHED:
         if state in ("RUNNING", "COMPLETING"):
             return Status("running", f"job {job['job']}", found.details)
         return Status("waiting", f"job {job['job']} is {state.lower()}", found.details)
@@ -299,10 +264,10 @@ def queue_status(cell: Cell, job: dict[str, str] | None, states: dict[str, str])
         return Status("cancelled", f"job {job['job']} was cancelled", found.details)
     if found.state == "waiting":
         files = cell.folder.parent / ".submitit" / f"{job['job']}_0_log.err"
-        told = _last_words(files)
-        return Status("failed", f"job {job['job']} died before the cell began" + (f": {told}" if told else ""))
+        reason = _last_words(files)
+        return Status("failed", f"job {job['job']} died before the cell began" + (f": {reason}" if reason else ""))
     if state not in ("COMPLETED", "FAILED", GONE):
-        return Status(found.state, f"{found.told}; SLURM says {state}", found.details)
+        return Status(found.state, f"{found.message}; SLURM says {state}", found.details)
     return found
 
 
@@ -318,21 +283,11 @@ def _submitit() -> Any:
     try:
         import submitit
     except ImportError as error:
-        raise UserError('submitit is missing: pip install "contranorm[cluster]", or use --cluster none') from error
+        raise UserError('submitit is missing: pip install "contranorm[cluster]", or use --cluster local') from error
     return submitit
 
 
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes started inside ignore SIGINT, as children inherit that."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _wait_then(condition: Any) -> bool:
+def _wait_for(condition: Callable[[], bool]) -> bool:
     """True as soon as `condition()` holds, False when it does not within STOP_SECONDS."""
     deadline = time.monotonic() + STOP_SECONDS
     while time.monotonic() < deadline:

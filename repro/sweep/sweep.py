@@ -1,12 +1,14 @@
 """Run a list of commands, each a cell of a table: `... | python -m repro.sweep --results DIR --jobs 2`.
 
 One command a line on standard input; cells whose record.json is there are skipped, the rest run `--jobs` at a time, on
-this machine or as SLURM job arrays. A failing cell does not stop the others. The same command again goes on.
+this machine or as SLURM job arrays. A failing cell does not stop the others. Re-running the command resumes.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
+import re
 import signal
 import sys
 import time
@@ -19,18 +21,19 @@ from tqdm import tqdm
 
 from repro.config import parse_config
 from repro.errors import Interrupted, UserError, run_main
-from repro.sweep.cell import Cell, State, Status, is_held, last_line, read_cells, status, sweep_up
+from repro.sweep.cell import Canonical, Cell, canonical, read_cells
 from repro.sweep.launch import (
-    ChildLauncher,
+    Attempt,
     Launcher,
     LocalLauncher,
     SlurmLauncher,
-    Try,
     ledger_path,
     queue_states,
     queue_status,
     read_ledger,
 )
+from repro.sweep.runner import remove_leftovers
+from repro.sweep.status import State, Status, is_held, last_line, status
 
 PLAN = "sweep.txt"
 LOST = ("interrupted", "cancelled", "failed")  # states that are explained by the log's last line
@@ -44,8 +47,10 @@ class Config:
     """Folder of the sweep: one run folder per cell, made from the cell's line; two sweeps may share it."""
     jobs: int = 2
     """Cells that run at a time; on this machine each gets an equal share of the cores as threads."""
-    cluster: Literal["local", "slurm", "none"] = "local"
-    """local: this machine through submitit; slurm: job arrays; none: plain child processes, submitit not needed."""
+    cluster: Literal["local", "slurm"] = "local"
+    """local: child processes on this machine; slurm: job arrays, through submitit."""
+    records: list[str] | str = field(default_factory=list)
+    """A folder or file of records, several as `--records '[a, b]'`: a cell whose command has a record there is done."""
     dry_run: bool = False
     """Print the plan (state and command of every cell) and run nothing."""
     status: bool = False
@@ -63,7 +68,7 @@ class Config:
     mem_gb: float | None = None
     """Memory of a cell on SLURM in GB; the cluster's default when left out."""
     signal_delay: int = 90
-    """Seconds before the SLURM time limit at which a cell is told to save."""
+    """Seconds before the SLURM time limit at which a cell is asked to save."""
     extra: dict[str, Any] = field(default_factory=dict)
     """More sbatch options, as a mapping: `--extra '{"qos": "high", "constraint": "a100"}'`."""
     poll_seconds: float = 5.0
@@ -82,10 +87,8 @@ class Config:
 def make_launcher(config: Config) -> Launcher:
     """The launcher that `--cluster` asks for."""
     folder = Path(config.results) / ".submitit"
-    if config.cluster == "none":
-        return ChildLauncher(config.jobs)
     if config.cluster == "local":
-        return LocalLauncher(config.jobs, folder)
+        return LocalLauncher(config.jobs)
     parameters: dict[str, Any] = {
         "job_name": Path(config.results).name[:40],
         "partition": config.partition,
@@ -114,7 +117,8 @@ class Sweep:
         self.failed: list[tuple[Cell, Status]] = []
         self.own: dict[str, float] = {}
         self._waiting = collections.deque(cells)
-        self._flying: list[Try] = []
+        self._flying: list[Attempt] = []
+        self._starting = False
         self._stop: int | None = None
 
     def run(self, total: int, done: int) -> None:
@@ -124,7 +128,7 @@ class Sweep:
             KeyboardInterrupt: Ctrl-C; the cells in flight have been stopped.
             Interrupted: SIGTERM, likewise.
         """
-        before = signal.signal(signal.SIGTERM, self._on_sigterm)
+        before = {signum: signal.signal(signum, self._on_signal) for signum in (signal.SIGTERM, signal.SIGINT)}
         try:
             with tqdm(total=total, initial=done, unit="cell", desc="sweep", dynamic_ncols=True) as bar:
                 if isinstance(self.launcher, SlurmLauncher):
@@ -132,24 +136,27 @@ class Sweep:
                 while self._waiting or self._flying:
                     self._start_some()
                     time.sleep(self.launcher.poll_seconds)
-                    over = self.launcher.over(self._flying)
-                    for attempt in over:
+                    finished = self.launcher.finished(self._flying)
+                    for attempt in finished:
                         self._flying.remove(attempt)
                         bar.update(self._settle(attempt))
                     # Drawn on news alone: a log file would otherwise get a line at every poll.
-                    bar.set_postfix(running=len(self._flying), failed=len(self.failed), refresh=bool(over))
+                    bar.set_postfix(running=len(self._flying), failed=len(self.failed), refresh=bool(finished))
         except KeyboardInterrupt:
             print("\nstopping the cells in flight; Ctrl-C again leaves at once", file=sys.stderr)
             self.launcher.stop(self._flying)
-            if self._stop is not None:
+            if self._stop == signal.SIGTERM:
                 raise Interrupted(self._stop) from None
             raise
         finally:
-            signal.signal(signal.SIGTERM, before)
+            self.launcher.close()
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
-    def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
-        self._stop = signum
-        raise KeyboardInterrupt
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._stop = self._stop or signum
+        if not self._starting:  # a process that is being started could not be stopped yet
+            raise KeyboardInterrupt
 
     def _attach(self, launcher: SlurmLauncher) -> None:
         """Take over the jobs that an earlier sweep left in the queue."""
@@ -169,12 +176,16 @@ class Sweep:
             else:
                 chosen.append(cell)
         if chosen:
+            self._starting = True
             self._flying += self.launcher.start(chosen)
+            self._starting = False
+            if self._stop is not None:
+                raise KeyboardInterrupt
 
-    def _settle(self, attempt: Try) -> int:
-        """Look at a cell whose try is over; returns 1 when the cell is settled, 0 when it goes on elsewhere."""
-        found = self.launcher.settled(attempt)
-        mine = found.details.get("ticket") == attempt.ticket
+    def _settle(self, attempt: Attempt) -> int:
+        """Look at a cell whose attempt has finished; returns 1 when it is settled, 0 when it is running elsewhere."""
+        found = self.launcher.final_status(attempt)
+        mine = found.details.get("attempt_id") == attempt.attempt_id
         if found.state == "running":  # another sweep was faster, or the child has outlived its parent
             self._waiting.append(attempt.cell)
             return 0
@@ -187,15 +198,35 @@ class Sweep:
         return 1
 
 
-def show(cells: list[Cell], results: Path) -> None:
-    """Print every cell's state, the states of the queue included, and the failed cells' last words."""
+def recorded(cells: list[Cell], places: list[str] | str) -> dict[str, Status]:
+    """Line → status "done", for the cells whose command stands in a record of `places`.
+
+    Raises:
+        UserError: a place without records, or a damaged one.
+    """
+    if not places:
+        return {}
+    from repro.report.records import iterate_records  # pandas is needed for this alone
+
+    known: dict[Canonical, str] = {}
+    for where, record in iterate_records(places, as_written=True):
+        # A record of a command for several seeds stands for its own.
+        command = re.sub(r"--seeds[ =]\S+", f"--seed {record.get('seed')}", str(record.get("command", "")))
+        with contextlib.suppress(ValueError):
+            known[canonical(command)] = where
+    found = {cell.line: known.get(canonical(cell.line)) for cell in cells}
+    return {line: Status("done", f"recorded in {where}") for line, where in found.items() if where}
+
+
+def show(cells: list[Cell], results: Path, known: dict[str, Status]) -> None:
+    """Print every cell's state, the states of the queue included, and the failed cells' last lines of output."""
     jobs = read_ledger(ledger_path(results))
     queue = (queue_states() or {}) if jobs else {}
     counts: collections.Counter[str] = collections.Counter()
     for cell in cells:
-        found = queue_status(cell, jobs.get(cell.line), queue)
+        found = known.get(cell.line) or queue_status(cell, jobs.get(cell.line), queue)
         counts[found.state] += 1
-        print(f"{found.state:<11} {cell.line}" + (f"  {found.told}" if found.told else ""))
+        print(f"{found.state:<11} {cell.line}" + (f"  {found.message}" if found.message else ""))
         if found.state in LOST and (words := last_line(cell.folder)):
             print(f"{'':<11} last line of {cell.folder / 'log.txt'}: {words}")
     print(", ".join(f"{counts[state]} {state}" for state in get_args(State)))
@@ -226,24 +257,27 @@ def main(argv: list[str] | None = None) -> int:
     lines = [] if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().splitlines()
     cells, repeated = read_cells(lines, results)
     if config.status:
-        show(cells or known_cells(results), results)
+        cells = cells or known_cells(results)
+        show(cells, results, recorded(cells, config.records))
         return 0
     if not cells:
         raise UserError("no cells: pipe one command a line into this program (see gnn/run_different_baselines.sh)")
     if repeated:
         print(f"note: {repeated} repeated lines left out", file=sys.stderr)
-    states = {cell.line: status(cell) for cell in cells}
+    known = recorded(cells, config.records)
+    states = {cell.line: status(cell) for cell in cells} | known
     todo = [cell for cell in cells if states[cell.line].state != "done"]
     print(f"{len(cells)} cells, {len(cells) - len(todo)} done, {len(todo)} to run", file=sys.stderr)
     if config.dry_run:
         for cell in cells:
-            print(f"{states[cell.line].state:<11} {cell.folder}  {cell.line}")
+            where = known[cell.line].message if cell.line in known else cell.folder
+            print(f"{states[cell.line].state:<11} {where}  {cell.line}")
         return 0
     try:
         results.mkdir(parents=True, exist_ok=True)
-        _remember(results, cells)
+        _remember(results, [cell for cell in cells if cell.line not in known])
         for cell in cells:
-            sweep_up(cell.folder)
+            remove_leftovers(cell.folder)
     except OSError as error:
         raise UserError(f"--results {results}: cannot be written ({error.strerror})") from error
     if not todo:
@@ -263,7 +297,7 @@ def _report(sweep: Sweep, seconds: float, jobs: int) -> int:
             file=sys.stderr,
         )
     for cell, found in sweep.failed:
-        print(f"{found.state}: {cell.line}\n  {found.told}; {cell.folder / 'log.txt'}", file=sys.stderr)
+        print(f"{found.state}: {cell.line}\n  {found.message}; {cell.folder / 'log.txt'}", file=sys.stderr)
         if words := last_line(cell.folder):
             print(f"  last line: {words}", file=sys.stderr)
     return 1 if sweep.failed else 0

@@ -21,8 +21,9 @@ import yaml
 
 from repro.config import parse_config
 from repro.errors import UserError, run_main
-from repro.sweep.cell import Cell, Status, last_line
+from repro.sweep.cell import Cell
 from repro.sweep.launch import ledger_path, queue_states, queue_status, read_ledger
+from repro.sweep.status import Status, last_line
 from repro.sweep.sweep import LOST, known_cells
 
 ORDER = ("running", "failed", "cancelled", "interrupted", "waiting", "done")
@@ -47,14 +48,9 @@ class Config:
 
 
 def progress(folder: Path) -> float | None:
-    """How far a run is, 0 to 1, from the last epoch in metrics.jsonl; None when its length is not known.
-
-    Of several seeds in one folder (repro.run.group): the mean over the seeds, those that have not begun being at 0.
-    """
+    """How far a run is, 0 to 1, from the last epoch in metrics.jsonl; None when its length is not known."""
     try:
         config = yaml.safe_load((folder / "args.yaml").read_text(encoding="utf-8"))
-        if seeds := config.get("seeds"):
-            return statistics.fmean(progress(folder / f"seed{seed}") or 0.0 for seed in seeds)
         total = next(float(config[name]) for name in LENGTH_FIELDS if config.get(name))
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError, TypeError, StopIteration, AttributeError, yaml.YAMLError):
@@ -87,7 +83,7 @@ def seconds_left(states: list[tuple[Cell, Status]]) -> float | None:
     return work / max(1, len(running))
 
 
-def told_seconds(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`1:02:03`, or `2:03` below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -108,7 +104,7 @@ def render(states: list[tuple[Cell, Status]], width: int, height: int) -> str:
     left = seconds_left(states)
     head = f"{cells} cells: " + ", ".join(f"{counts[name]} {name}" for name in ORDER)
     if left is not None:
-        head += f"; about {told_seconds(left)} left"
+        head += f"; about {format_duration(left)} left"
     bar_width = max(10, min(60, width - 10))
     filled = round(bar_width * counts["done"] / max(1, cells))
     rows = [head, "[" + "#" * filled + "." * (bar_width - filled) + f"] {counts['done'] / max(1, cells):.0%}"]
@@ -124,9 +120,9 @@ def _row(cell: Cell, found: Status) -> str:
     done = progress(cell.folder) if found.state == "running" else None
     how_far = f"{done:4.0%}" if done is not None else "    "
     seconds = running_seconds(found) if found.state == "running" else found.details.get("seconds")
-    took = told_seconds(float(seconds)) if seconds is not None else ""
-    told = f"  {found.told}: {last_line(cell.folder)}" if found.state in LOST else ""
-    return f"{found.state:<11} {how_far} {took:>8}  {cell.folder.name}{told}"
+    took = format_duration(float(seconds)) if seconds is not None else ""
+    why = f"  {found.message}: {last_line(cell.folder)}" if found.state in LOST else ""
+    return f"{found.state:<11} {how_far} {took:>8}  {cell.folder.name}{why}"
 
 
 def main(argv: list[str] | None = None) -> None:

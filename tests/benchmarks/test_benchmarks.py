@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pandas as pd
 import pytest
 import torch
 
@@ -20,9 +19,7 @@ def test_layer_measures_every_implementation_and_checks_goals(monkeypatch, tmp_p
     layer.main(["--only", "cora,bert", "--rounds", "3", "--json", str(path)])
     content = json.loads(path.read_text())
     measured = {(row["shape"], row["implementation"]) for row in content["rows"]}
-    assert measured >= {("cora", n) for n in ("plain", "blocked", "linear-1", "linear-2", "linear-3")} | {
-        ("bert", "sdpa")
-    }
+    assert measured >= {("cora", n) for n in ("plain", "blocked", "linear-1", "linear-2")} | {("bert", "sdpa")}
     for row in content["rows"]:
         assert row["ms"] > 0 and row["output error"] < (0.02 if row["implementation"] == "linear-1" else 3e-3)
         assert row["implementation"].startswith("linear") or row["output error"] < 1e-6
@@ -30,7 +27,8 @@ def test_layer_measures_every_implementation_and_checks_goals(monkeypatch, tmp_p
     assert "of 1 goals met" in capsys.readouterr().out
     assert content["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
     table.main(["--file", str(path)])
-    assert capsys.readouterr().out.startswith("| shape | implementation | ms |")
+    header = capsys.readouterr().out.splitlines()[0].replace(" ", "")
+    assert header.startswith("|shape|implementation|ms|")
 
 
 def test_unknown_shapes_are_named():
@@ -91,21 +89,19 @@ def test_other_approximations_come_closer_with_their_size(approximation):
 def test_approximations_are_compared(monkeypatch):
     monkeypatch.setattr(layer, "COMPARED", (300, 8))
     rows = layer.compare_approximations(rounds=1)
-    assert len(rows) == 9 and all(row["ms"] > 0 and 0 < row["output error"] < 0.5 for row in rows)
+    assert len(rows) == 8 and all(row["ms"] > 0 and 0 < row["output error"] < 0.5 for row in rows)
 
 
 def test_flags_are_compared_with_the_runs_that_have_none():
     def run(seed: int, accuracy: float, **flags: object) -> dict[str, object]:
-        settings = {
-            f"config.{name}": value for name, value in {"implementation": "plain", "eval_every": 1, **flags}.items()
-        }
-        return {"experiment": "gnn", "seed": seed, "metrics.test_accuracy": accuracy, **settings}
+        config = {"implementation": "plain", "degree": 2, "eval_every": 1, **flags}
+        return {"experiment": "gnn", "seed": seed, "metrics": {"test_accuracy": accuracy}, "config": config}
 
     off = [run(seed, 0.7 + seed / 100) for seed in range(3)]
     same = [run(seed, 0.7 + seed / 100, implementation="blocked") for seed in range(3)]
-    unread = [run(seed, 0.7 + seed / 100, eval_every=float("nan")) for seed in range(3)]
+    unread = [run(seed, 0.7 + seed / 100, eval_every=None) for seed in range(3)]
     other = [run(seed, 0.8, implementation="linear", degree=1) for seed in range(3)]
-    lines = flags.compare(pd.DataFrame(off + same + unread + other))
+    lines = flags.compare(off + same + unread + other)
     assert [line["flags"] for line in lines] == [
         "all off", "eval_every=off", "implementation=blocked", "implementation=linear, degree=1"
     ]  # fmt: skip
@@ -114,4 +110,4 @@ def test_flags_are_compared_with_the_runs_that_have_none():
     assert lines[0]["mean ± std (n), %"] == "71.00 ± 1.00 (3)"
     assert float(lines[3]["p (Welch)"]) < 0.01 and lines[1]["p (Welch)"] == "1"
     with pytest.raises(UserError, match="every speed flag off"):
-        flags.compare(pd.DataFrame(same))
+        flags.compare(same)

@@ -98,7 +98,7 @@ def sentence(i: int, length: int) -> str:
 @pytest.fixture(scope="session")
 def glue_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with small random splits of every GLUE task and of the diagnostic set."""
-    from BERT_glue.data import TASKS
+    from BERT_glue.tasks import TASKS
 
     root = tmp_path_factory.mktemp("data")
     rows = {"train": 22, "validation": 11, "test": 9}

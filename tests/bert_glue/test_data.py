@@ -20,12 +20,13 @@ from datasets import load_dataset
 from scipy.stats import pearsonr, rankdata
 from transformers import AutoTokenizer, RobertaConfig
 
-from BERT_glue.build import check_sites, load_backbone, resolve
 from BERT_glue.config import Config, parse
-from BERT_glue.data import TASKS, BucketSampler, load_splits, make_loader, tokenize
-from BERT_glue.glue_metric import KEYS, GlueMetric
+from BERT_glue.data import BucketSampler, load_splits, make_loader, tokenize
+from BERT_glue.main import main
+from BERT_glue.metric import KEYS, GlueMetric
+from BERT_glue.models import check_sites, load_backbone, resolve
 from BERT_glue.predict import tsv
-from BERT_glue.run_glue_no_trainer import main
+from BERT_glue.tasks import TASKS
 from repro.errors import UserError
 
 # -- metrics -----------------------------------------------------------------------------------------------------------
@@ -44,12 +45,14 @@ def test_metrics_against_their_definitions(root: Path) -> None:
     x = generator.normal(size=200)
     y = x + generator.normal(size=200)
     scores = {"pearson": np.corrcoef(x, y)[0, 1], "spearmanr": pearsonr(rankdata(x), rankdata(y)).statistic}
+    benchmark = {"cola": ("matthews_correlation",), "stsb": ("pearson", "spearmanr")}
+    benchmark |= dict.fromkeys(("mrpc", "qqp"), ("accuracy", "f1"))
     for task in TASKS:
         columns, wanted = ((x, y), scores) if task == "stsb" else ((a, b), expected)
         found = GlueMetric(config_name=task, keep_in_memory=True).compute(predictions=columns[0], references=columns[1])
+        assert KEYS[task] == benchmark.get(task, ("accuracy",))
         assert found == pytest.approx({key: wanted[key] for key in KEYS[task]}, abs=1e-6)
-        assert KEYS[task] == TASKS[task].metrics
-    loaded = evaluate.load(str(root / "BERT_glue" / "glue_metric.py"), "mrpc")
+    loaded = evaluate.load(str(root / "BERT_glue" / "metric.py"), "mrpc")
     found = loaded.compute(predictions=a, references=b)
     assert found == pytest.approx({k: expected[k] for k in ("accuracy", "f1")})
 
@@ -141,7 +144,7 @@ CLASSES = {"text": ["the cat", "a NA dog", "null", "red"], "label": ["yes", "no"
 @pytest.mark.parametrize("kind", ["csv", "json", "jsonl"])
 def test_own_classes(backbones: Any, own: Any, kind: str) -> None:
     splits = load_splits(settings(backbones, *own(CLASSES, CLASSES, kind)))
-    assert splits.task.labels == ("maybe", "no", "yes") and splits.task.metrics == ("accuracy",)
+    assert splits.task.labels == ("maybe", "no", "yes")
     assert splits.train["label"][:] == [2, 1, 0, 1]
     assert splits.train["text"][:] == CLASSES["text"]  # "null" and "NA" are words
 
@@ -215,7 +218,7 @@ def test_task_tables_are_complete_and_flags_win(root: Path, architecture: str) -
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--task_name", "squad"], "unknown --task_name 'squad'; the tasks are cola, "),
         ([], "give --task_name, or --train_file and --validation_file"),
@@ -228,19 +231,50 @@ def test_task_tables_are_complete_and_flags_win(root: Path, architecture: str) -
         (["--task_name", "rte", "--learning_rate", "0"], "--learning_rate must be > 0"),
         (["--task_name", "rte", "--num_train_epochs", "-1"], "--num_train_epochs must be >= 0"),
         (["--task_name", "rte", "--sclae", "1"], "--sclae"),
+        (["--task_name", "rte", "--pos", "7", "--scale", "1", "--positive"], "--positive .* needs --learnable"),
         (["--task_name", "rte", "--mixed_precision", "fp64"], "mixed_precision"),
         (["--validation_file", "v.csv", "--train_file", "t.csv", "--do_predict"], "needs --test_file"),
     ],
 )
-def test_bad_flags(flags: list[str], told: str) -> None:
-    with pytest.raises(UserError, match=told) as caught:
+def test_bad_flags(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         parse(["--model_name_or_path", "minilm", "--output_dir", "out", *flags])
     assert "\n" not in str(caught.value)
 
 
-def bad_run(tmp_path: Path, flags: list[str], told: str) -> None:
+@pytest.mark.parametrize(
+    ("flags", "method", "order", "scale"),
+    [
+        ("--pos 0 --scale 0.1", "vanilla", (0,), None),
+        ("--pos 7 --scale 0.01", "ContraNorm s=0.01", (1, 0.01, 3), 0.01),
+        ("--sites attention_sum --scale 1e-2", "ContraNorm s=0.01", (1, 0.01, 3), 0.01),
+        ("--pos 8 --norm_scale 0.1", "ContraNorm s=0.1 at ffn_sum", (1, 0.1, 6), 0.1),
+        ("--sites ffn_sum,ffn_norm --scale 1", "ContraNorm s=1 at ffn_sum+ffn_norm", (1, 1, 6, 7), 1),
+        ("--sites attention_sum --scale 1 --axis features", "D-ContraNorm s=1", (1, 1, 3), 1),
+    ],
+)
+def test_cell_of_a_table(flags: str, method: str, order: tuple[float, ...], scale: float | None) -> None:
+    fixed = ["--output_dir", "x", "--model_name_or_path", "some/bert-base", "--task_name", "RTE"]
+    label = parse([*fixed, *flags.split(), "--num_hidden_layers", "6"]).label()
+    assert (label.data, label.model, label.depth) == ("rte", "bert-base", 6)
+    assert (label.method, label.order, label.scale) == (method, order, scale)
+
+
+def test_cell_of_own_files_and_of_albert(backbones: Any, own: Any) -> None:
+    config = parse(["--output_dir", "x", "--model_name_or_path", "y", *own(CLASSES, CLASSES)])
+    assert config.label().data == "validation"
+    flags = ["--task_name", "rte", "--pos", "4", "--scale", "1"]
+    config = parse(["--output_dir", "x", "--model_name_or_path", "y/albert-base-v2", *flags])
+    assert config.label().method == "ContraNorm s=1"
+    config = settings({"bert": backbones["albert"]}, *flags)
+    config.architecture = "bert"  # what a name may suggest gives way to the checkpoint
+    load_backbone(config, TASKS["rte"])
+    assert config.label().method == "ContraNorm s=1"
+
+
+def bad_run(tmp_path: Path, flags: list[str], message: str) -> None:
     """The run is refused with this line, and leaves no folder behind."""
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         main(["--output_dir", str(tmp_path / "run"), *flags])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
@@ -255,7 +289,7 @@ def test_a_digit_that_the_architecture_lacks(
 
 
 @pytest.mark.parametrize(
-    ("train", "validation", "told"),
+    ("train", "validation", "message"),
     [
         ({"text": ["a", "b"], "class": [0, 1]}, CLASSES, r"train.csv: no column 'label' \(found: text, class\)"),
         (CLASSES, {"text": ["a"], "label": ["perhaps"]}, "validation.csv: label 'perhaps' does not occur in the train"),
@@ -268,8 +302,8 @@ def test_a_digit_that_the_architecture_lacks(
         ({"other": ["a", "b"], "label": [0, 1]}, CLASSES, "validation.csv: no column 'other'"),
     ],
 )
-def test_bad_own_files(backbones: Any, own: Any, tmp_path: Path, train: Any, validation: Any, told: str) -> None:
-    bad_run(tmp_path, ["--model_name_or_path", str(backbones["bert"]), *own(train, validation)], told)
+def test_bad_own_files(backbones: Any, own: Any, tmp_path: Path, train: Any, validation: Any, message: str) -> None:
+    bad_run(tmp_path, ["--model_name_or_path", str(backbones["bert"]), *own(train, validation)], message)
 
 
 def test_bad_places(backbones: Any, own: Any, glue_root: Path, tmp_path: Path) -> None:
@@ -292,6 +326,9 @@ def test_bad_places(backbones: Any, own: Any, glue_root: Path, tmp_path: Path) -
     bad_run(tmp_path, [*bert, *local, "--report_to", "wandb"], "--report_to wandb: not installed")
     bad_run(tmp_path, [*bert, *local, "--max_length", "500"], "--max_length 500: .* has 128 positions")
     bad_run(tmp_path, [*bert, *local, "--num_hidden_layers", "3"], "has weights for 2 layers")
+    site = ["--pos", "7", "--scale", "1"]
+    bad_run(tmp_path, [*bert, *local, *site, "--symmetric", "--implementation", "sdpa"], "do not go together: .*sdpa")
+    bad_run(tmp_path, [*bert, *local, *site, "--degree", "7"], "do not go together: degree must be")
     bad_run(tmp_path, ["--model_name_or_path", "no/such", *local], "--model_name_or_path no/such: ")
 
 
@@ -323,7 +360,7 @@ def test_a_contranorm_checkpoint_is_not_silently_used_otherwise(
     first = [*local, str(backbones["bert"]), "--sites", "ffn_sum", "--scale", "0.1", "--save_model"]
     main([*first, "--output_dir", str(tmp_path / "first")])
     saved = str(tmp_path / "first" / "model")
-    bad_run(tmp_path, [*local, saved], "was trained with ContraNorm at ffn_sum: say --sites ffn_sum, or --pos 0")
+    bad_run(tmp_path, [*local, saved], "was trained with ContraNorm at ffn_sum: add --sites ffn_sum, or --pos 0")
     model, _ = load_backbone(settings({"bert": saved}, "--task_name", "rte", "--pos", "0"), TASKS["rte"])
     assert type(model).__name__ == "BertForSequenceClassification"
 
@@ -348,12 +385,20 @@ def test_minilm_is_a_folder_of_an_installed_package() -> None:
 
 
 def test_exit_code_and_single_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "BERT_glue.run_glue_no_trainer", "--model_name_or_path", "minilm"]
+    command = [sys.executable, "-m", "BERT_glue.main", "--model_name_or_path", "minilm"]
     command += ["--task_name", "squad", "--output_dir", str(tmp_path / "run")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and "unknown --task_name 'squad'" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_flags_are_checked_before_transformers_loads() -> None:
+    code = "import sys, BERT_glue.main; print('transformers' in sys.modules)"
+    for more, loaded in (([], "True"), (["BERT_glue.main"], "False")):
+        command = [sys.executable, "-c", code, *more]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert result.stdout.strip() == loaded
 
 
 def test_load_dataset_is_what_reads_parquet(glue_root: Path) -> None:

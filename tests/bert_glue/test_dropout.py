@@ -17,7 +17,7 @@ import BERT_glue as bg
 from BERT_glue import dropout
 from BERT_glue.config import parse
 from BERT_glue.dropout import ATTENTION, CheapDropout, attend, cheap_dropout, dropout_factor, use_cheap_dropout
-from BERT_glue.run_glue_no_trainer import make_accelerator, prepare
+from BERT_glue.train import make_accelerator, prepare
 
 
 def batch() -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -304,12 +305,47 @@ def test_hidden_states_and_attentions_are_captured(vanilla: Any, architecture: s
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], a.logits)
 
 
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_learnable_step_starts_at_the_scale_and_is_saved(
+    vanilla: Any, architecture: str, positive: bool, tmp_path: Any
+) -> None:
+    theirs = vanilla(architecture)
+    theirs.save_pretrained(tmp_path / "vanilla")
+    settings = {"sites": ["attention_sum"], "scale": 0.3}
+    config = bg.with_contranorm(theirs.config, **settings, learnable=True, positive=positive)
+    ours, info = CLASSIFIERS[architecture].from_pretrained(
+        tmp_path / "vanilla", config=config, output_loading_info=True
+    )
+    assert info["missing_keys"] and all(key.endswith("sites.attention_sum.step") for key in info["missing_keys"])
+    torch.testing.assert_close(ours(**batch()).logits, with_sites(theirs, **settings)(**batch()).logits)
+    steps = [p for name, p in ours.named_parameters() if name.endswith(".step")]
+    ours(**batch()).logits.sum().backward()
+    assert all(p.shape == (32,) and p.grad.abs().max() > 0 for p in steps)
+    with torch.no_grad():
+        steps[0].mul_(1.5)
+    ours.save_pretrained(tmp_path / "ours")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
+    assert torch.equal(loaded(**batch()).logits, ours(**batch()).logits)
+
+
+def test_a_configuration_saved_before_there_were_more_switches_loads(vanilla: Any, tmp_path: Any) -> None:
+    ours = with_sites(vanilla("albert"), sites=["ffn_sum"], scale=0.2)
+    ours.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    new = ("symmetric", "pre_norm", "learnable", "positive", "implementation", "degree")
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in new}))
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.config.switches() == ours.config.switches() and loaded.config.identity is False
+    assert torch.equal(loaded(**batch()).logits, ours(**batch()).logits)
+
+
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config_class", [bg.ContraNormBertConfig, bg.ContraNormAlbertConfig])
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"sites": ["attention"], "scale": 0.1}, "unknown site 'attention'"),
         ({"sites": ["ffn_sum", "ffn_sum"], "scale": 0.1}, "twice"),
@@ -317,12 +353,14 @@ def test_hidden_states_and_attentions_are_captured(vanilla: Any, architecture: s
         ({"sites": "ffn_sum", "scale": 0.1}, "sites"),
         ({"scale": "0.1"}, "scale"),
         ({"tau": 0.0}, "tau must be > 0"),
-        ({"axis": "rows"}, "axis must be"),
+        ({"axis": "rows"}, r"'axis' expected one of \('tokens', 'features'\), got rows"),
+        ({"symmetric": 1}, "symmetric"),
+        ({"positive": True, "scale": 0.1}, "learnable=True"),
         ({"include_padding": "yes"}, "include_padding"),
     ],
 )
-def test_settings_are_strict(config_class: Any, settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(Exception, match=told) as caught:
+def test_settings_are_strict(config_class: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception, match=message) as caught:
         config_class(**settings)
     assert type(caught.value).__name__.startswith("StrictDataclass")
 

@@ -52,5 +52,5 @@ def test_the_first_snippet_runs_and_is_the_equation(readme):
     exec(compile(snippet[1], "README.md", "exec"), names)
     want = evaluate(equation_of(readme), names["x"], names["norm"].scale, names["norm"].tau)
     torch.testing.assert_close(names["y"], want, atol=1e-5, rtol=0)
-    moved = F.layer_norm(names["moved"], names["x"].shape[-1:])  # "the step alone" is that of the layer
-    torch.testing.assert_close(moved, want, atol=1e-5, rtol=0)
+    stepped = F.layer_norm(names["step"], names["x"].shape[-1:])  # the function's default is the layer's
+    torch.testing.assert_close(stepped, want, atol=1e-5, rtol=0)

@@ -166,3 +166,23 @@ def test_both_forms_agree_behind_the_layer_norm(config: Any, graph: Any) -> None
         assert net.norms()[0].identity is identity
         logits.append(net(x, adjacency))
     torch.testing.assert_close(*logits, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("model", ["DeepGCN", "SGC"])
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"symmetric": True}, {"pre_norm": True}, {"learnable": True}, {"learnable": True, "positive": True},
+        {"implementation": "linear", "degree": 1}, {"tau": 0.3, "implementation": "blocked"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_switch_reaches_the_layer_and_trains(
+    switches: dict[str, Any], model: str, config: Any, graph: Any
+) -> None:
+    x, adjacency, y = graph
+    net = build_model(config(norm_mode="CN", scale=0.5, model=model, **switches), 12, 3)
+    assert all(getattr(norm, name) == value for norm in net.norms() for name, value in switches.items())
+    F.cross_entropy(net(x, adjacency), y).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+    assert sum("step" in name for name, _ in net.named_parameters()) == ("learnable" in switches) * len(net.norms())

@@ -1,20 +1,19 @@
-"""A tiny resumable experiment, and ways to run it in forked processes: torch is loaded once, a process costs a blink.
+"""Ways to run a tiny experiment in processes that need not load torch.
 
-What is under test stays as it is: the sweep, its locks, the run folder, the checkpoints. Only the start of a Python
-interpreter is replaced by a fork of one that has loaded torch.
+What is under test stays as it is: the sweep, its locks, the servers that fork its cells, the run folder, the
+checkpoints. Only a sweep and its server are forks of this process in place of new interpreters.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
-import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,56 +21,18 @@ from typing import Any
 import pytest
 import torch
 
-import repro.sweep.cell
 from repro.config import parse_config
 from repro.errors import run_main
-from repro.run.run import Run
-from repro.seeding import rng_state, seed_everything, set_rng_state
-from repro.sweep import sweep
+from repro.sweep import preload, sweep
+
+# The cells find their module here, in a fork as in a fresh interpreter.
+HERE = str(Path(__file__).parent)
+sys.path.append(HERE)
+os.environ["PYTHONPATH"] = os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), HERE])
+
+from tiny_experiment import Config, experiment  # noqa: E402
 
 VOLATILE = ("seconds", "peak_rss_mb", "finished", "command", "environment")
-
-
-@dataclass
-class Config:
-    """Settings of the tiny experiment."""
-
-    output_dir: str
-    """The run folder."""
-    seed: int = 0
-    """Seed of data and weights."""
-    steps: int = 5
-    """Steps, with a checkpoint after each."""
-
-
-def experiment(config: Config, pause: float = 0.0) -> None:
-    """Least squares by SGD with momentum on random batches: every step depends on all the state before it."""
-    with Run(config.output_dir, "tiny", config) as run:
-        if run.done:
-            return
-        seed_everything(config.seed)
-        weight = torch.randn(8, requires_grad=True)
-        optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
-        start, last = 0, float("nan")
-        if (found := run.restore()) is not None:
-            start, state = found
-            with torch.no_grad():
-                weight.copy_(state["weight"])
-            optimizer.load_state_dict(state["optimizer"])
-            set_rng_state(state["rng"])
-            last = state["last"]
-        for step in range(start + 1, config.steps + 1):
-            batch = torch.randn(16, 8)
-            loss = (batch @ weight - batch.sum(dim=1)).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            last = loss.item()
-            run.log({"epoch": step, "loss": last})
-            time.sleep(pause)
-            state = {"weight": weight.detach(), "optimizer": optimizer.state_dict(), "rng": rng_state(), "last": last}
-            run.checkpoint(step, state)
-        run.finish({"loss": last, "weight": weight.tolist()}, protocol="tiny", selection="last step")
 
 
 def forked(body: Callable[[], object], out: Path | int, keep: tuple[int, ...] = ()) -> int:
@@ -122,38 +83,18 @@ def wait(pid: int, seconds: float = 60) -> int:
         time.sleep(0.002)
 
 
-def run_cell(words: list[str]) -> None:
-    """What `python tiny ...` of a sweep's line does; notes each start, and whether there was a record by then."""
-    given = dict(zip(words[::2], words[1::2], strict=True))
-    config = Config(given["--output_dir"], int(given["--seed"]), int(given["--steps"]))
-    folder = Path(config.output_dir)
-    with open(folder / "starts.txt", "a") as file:
-        file.write("again\n" if (folder / "record.json").exists() else "start\n")
-    experiment(config, float(os.environ.get("TINY_PAUSE", "0")))
+def launch_forked(flags: list[str], modules: tuple[str, ...], environment: dict[str, str], channel: Any) -> Any:
+    """Stands in for `preload.launch`: the server is a fork of this process, which has its modules imported."""
 
+    def body() -> None:
+        os.environ.clear()
+        os.environ.update(environment)
+        atexit._clear()
+        torch.cuda._is_in_bad_fork = bool  # this process has looked for a GPU, which a server never does
+        if (name := preload.serve(channel, modules)) is not None:
+            preload.run_to_exit(name)
 
-class ForkedCell:
-    """Stands in for subprocess.Popen inside a sweep: a fork instead of a new interpreter."""
-
-    def __init__(self, argv: tuple[str, ...], *, stdout: Any, pass_fds: list[int], **others: Any) -> None:
-        self.pid = forked(lambda: run_cell(list(argv[2:])), stdout.fileno(), keep=tuple(pass_fds))
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            found, status = os.waitpid(self.pid, os.WNOHANG)
-            if found:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-
-    def wait(self) -> int:
-        while (code := self.poll()) is None:
-            time.sleep(0.005)
-        return code
-
-    def send_signal(self, signum: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, signum)
+    return preload.ForkedProcess(forked(body, Path(os.devnull), keep=(channel.fileno(),)))
 
 
 def start_sweep(results: Path, lines: list[str], *, jobs: int = 2, pause: float = 0.0) -> int:
@@ -161,19 +102,19 @@ def start_sweep(results: Path, lines: list[str], *, jobs: int = 2, pause: float 
 
     def body() -> int:
         os.environ["TINY_PAUSE"] = str(pause)
-        repro.sweep.cell.subprocess = SimpleNamespace(Popen=ForkedCell, DEVNULL=-3, STDOUT=-2)  # type: ignore[assignment]
+        preload.launch = launch_forked
         reading, writing = os.pipe()
         os.write(writing, "".join(f"{line}\n" for line in lines).encode())
         os.close(writing)
         sys.stdin = open(reading)
-        return sweep.main(["--results", str(results), "--cluster", "none", "--jobs", str(jobs)])
+        return sweep.main(["--results", str(results), "--cluster", "local", "--jobs", str(jobs)])
 
     results.mkdir(parents=True, exist_ok=True)
     return forked(body, results / "sweep.log")
 
 
 def sweep_lines(cells: int, steps: int) -> list[str]:
-    return [shlex.join(["python", "tiny", "--seed", str(seed), "--steps", str(steps)]) for seed in range(cells)]
+    return [f"python -m tiny_experiment --seed {seed} --steps {steps}" for seed in range(cells)]
 
 
 def comparable(folder: Path) -> tuple[dict[str, Any], str]:
@@ -210,9 +151,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """The tools of this file, for the tests."""
     # What is loaded here need not be loaded in each child.
     parse_config(sweep.Config, ["--results", "x"], prog="warm up")
-    experiment(Config(str(tmp_path_factory.mktemp("warm")), steps=1))
+    experiment(Config(output_dir=str(tmp_path_factory.mktemp("warm")), steps=1))
     return SimpleNamespace(
-        Config=Config, experiment=experiment, forked=forked, wait=wait, start_sweep=start_sweep, lines=sweep_lines,
+        Config=lambda folder, **settings: Config(output_dir=folder, **settings),
+        experiment=experiment, forked=forked, wait=wait, start_sweep=start_sweep, lines=sweep_lines,
         comparable=comparable,
     )  # fmt: skip
 

@@ -212,7 +212,7 @@ def test_sigterm_saves(tmp_path: Path, tiny: Any, undisturbed: Any) -> None:
         time.sleep(0.005)
     os.kill(pid, signal.SIGTERM)
     assert tiny.wait(pid) == 128 + signal.SIGTERM
-    assert "the same command goes on" in (tmp_path / "log").read_text()
+    assert "re-running the command resumes" in (tmp_path / "log").read_text()
     tiny.experiment(config)
     assert tiny.comparable(tmp_path / "run") == undisturbed
 

@@ -18,14 +18,14 @@ PAIR = """
 import os, pathlib, sys, time, torch
 import torch.distributed as dist
 from dataclasses import dataclass
-from repro.config import parse_config
+from repro.config import CellLabel, RunConfig, parse_config
 from repro.errors import run_main
 from repro.run.run import Run
 
-@dataclass
-class Config:
-    output_dir: str
-    seed: int = 0
+@dataclass(kw_only=True)
+class Config(RunConfig):
+    def label(self):
+        return CellLabel(data="d", model="m", method="vanilla")
 
 def main():
     config = parse_config(Config, prog="pair")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from repro.report.records import CELL_FIELDS
 from repro.sweep import sweep
 
 # Keeps a run folder as a real experiment does; `--do` tells what happens on the way. It counts its starts and its
@@ -71,7 +72,7 @@ def experiment(tmp_path: Path) -> Experiment:
 def run_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Run a sweep over lines in this process; returns its exit code."""
 
-    def run(lines: list[str], *flags: str, cluster: str = "none") -> int:
+    def run(lines: list[str], *flags: str, cluster: str = "local") -> int:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         return sweep.main(["--results", str(tmp_path / "results"), "--cluster", cluster, *flags])
 
@@ -80,17 +81,23 @@ def run_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def write_records(tmp_path: Path):
-    """Write records of one cell: one per metric value, seeds from 0, as repro.run.run would; returns their folder."""
+    """Write records of one cell: one per metric value, seeds from 0, as repro.run.run would; returns their folder.
 
-    def write(values, *, metric="test_accuracy", folder="runs", protocol="p", seeds=None, extra=None, **config):
+    Keywords that a cell has (data, model, method, order, depth, scale) go there, the others into the config.
+    """
+
+    def write(values, *, metric="test_accuracy", folder="runs", protocol="p", seeds=None, extra=None, **fields):
+        cell = {name: fields.get(name) for name in CELL_FIELDS}
+        config = {name: value for name, value in fields.items() if name not in cell}
         for index, value in enumerate(values):
             seed = index if seeds is None else seeds[index]
-            name = "-".join([*(str(v) for v in config.values()), protocol, str(seed)])
+            name = "-".join([*(str(v) for v in fields.values()), protocol, str(seed)])
             path = tmp_path / folder / name / "record.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             metrics = value if isinstance(value, dict) else {metric: value}
             record = {
-                "schema": 1, "experiment": "fake", "protocol": protocol, "selection": "last epoch", "metrics": metrics,
+                "schema": 2, "experiment": "fake", "cell": cell, "execution_fields": ["output_dir", "device"],
+                "protocol": protocol, "selection": "last epoch", "metrics": metrics,
                 "seed": seed, "config": {**config, "seed": seed, "output_dir": str(path.parent)}, **(extra or {}),
                 "seconds": 1.0, "peak_rss_mb": 1.0, "command": "python", "environment": {"commit": None},
             }  # fmt: skip

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import yaml
 
-from repro.config import load_yaml, parse_config, to_yaml
+from repro.config import RunConfig, load_yaml, parse_config, to_yaml
 from repro.errors import UserError
 
 
@@ -202,3 +203,8 @@ def test_a_flag_goes_by_each_of_its_names(argv: str) -> None:
 
 def test_a_switch_can_be_turned_off_by_its_alias() -> None:
     assert parse_config(Aliased, ["--dual-norm", "--no_dual_norm"], prog="p") == Aliased()
+
+
+def test_an_experiment_must_name_its_cells(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="label"):
+        RunConfig(output_dir=str(tmp_path))  # type: ignore[abstract]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 from pathlib import Path
 
-from repro.sweep.cell import sweep_up
+from repro.sweep.runner import remove_leftovers
 
 
 def test_leftovers_go_unless_the_cell_is_being_run(tmp_path: Path) -> None:
@@ -13,8 +13,8 @@ def test_leftovers_go_unless_the_cell_is_being_run(tmp_path: Path) -> None:
     leftover.write_text("{")
     with open(tmp_path / "sweep.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        sweep_up(tmp_path)
+        remove_leftovers(tmp_path)
         assert leftover.exists()
-    sweep_up(tmp_path)
+    remove_leftovers(tmp_path)
     assert not leftover.exists()
-    sweep_up(tmp_path / "not there")
+    remove_leftovers(tmp_path / "not there")

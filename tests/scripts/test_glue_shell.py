@@ -19,8 +19,8 @@ from accelerate.state import AcceleratorState
 from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, BertTokenizerFast
 
 from BERT_glue.config import parse
-from BERT_glue.data import TASKS
-from BERT_glue.run_glue_no_trainer import main
+from BERT_glue.main import main
+from BERT_glue.tasks import TASKS
 
 RECORDER = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> "$RECORD_TO"
@@ -67,7 +67,7 @@ def test_sweep_covers_tasks_scales_and_seeds(
     cells = set()
     for line in lines:
         words = shlex.split(line)
-        assert words[:3] == ["python", "-m", "BERT_glue.run_glue_no_trainer"]
+        assert words[:3] == ["python", "-m", "BERT_glue.main"]
         config = parse([*words[3:], "--output_dir", "x"])
         assert config.model_name_or_path == model and config.learning_rate == 2e-5
         assert config.sites_in(table) == ([] if config.pos == 0 else ["attention_sum"])
@@ -107,15 +107,22 @@ def test_single_run(
     (call,), _ = shell(f"BERT_glue/run_glue_baselines{script}.sh", *arguments)
     monkeypatch.chdir(root)
     words = shlex.split(call)
-    assert words[:2] == ["-m", "BERT_glue.run_glue_no_trainer"]
+    assert words[:2] == ["-m", "BERT_glue.main"]
     config = parse(words[2:])
     assert {name: getattr(config, name) for name in expected} == expected
     assert config.output_dir.startswith("out/glue/")
 
 
+def test_records_that_count_as_done_reach_the_sweep_and_the_table(shell: Any) -> None:
+    calls, _ = shell("BERT_glue/run_different_baselines.sh", RECORDS="a.jsonl,b", TASKS="rte")
+    assert "--records [a.jsonl,b] --jobs" in calls[0]
+    calls, _ = shell("scripts/reproduce_table1.sh", RECORDS="a.jsonl", RESULTS="runs", TASKS="rte", MODELS="minilm")
+    assert "--records [a.jsonl] " in calls[0] and "--records [a.jsonl,runs] " in calls[1]
+
+
 def test_single_run_tells_its_usage(shell: Any) -> None:
-    (told,), _ = shell("BERT_glue/run_glue_baselines.sh", "rte", check=False)
-    assert told.startswith("usage: ") and "TASK SCALE POS [DEVICE]" in told
+    (message,), _ = shell("BERT_glue/run_glue_baselines.sh", "rte", check=False)
+    assert message.startswith("usage: ") and "TASK SCALE POS [DEVICE]" in message
 
 
 # -- every line for one step -------------------------------------------------------------------------------------------

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import pytest
 import torch
 
 from gnn import data as graphs
 from gnn import train as training
-from gnn.config import CommandLine, Config
+from gnn.config import Config
 from gnn.main import main
 from gnn.pyg import Data
 from repro.config import parse_config
@@ -30,12 +35,22 @@ NORMS = ("None", "LN", "PN", "PN-SI", "PN-SCS")
 Hear = Callable[..., tuple[list[str], list[list[str]]]]  # the fixture's type
 
 
-def parse(words: list[str], root: Path, monkeypatch: pytest.MonkeyPatch) -> list[Config]:
-    """The runs that a line asks for."""
+def parse(words: list[str], root: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """The settings that a line asks for."""
     monkeypatch.chdir(root)  # lines name configs relative to the repository
     flags = words[words.index("gnn.main") + 1 :]
     flags = flags if "--output_dir" in flags else [*flags, "--output_dir=x"]
-    return parse_config(CommandLine, flags, prog="gnn.main").runs()
+    return parse_config(Config, flags, prog="gnn.main")
+
+
+def parse_report_calls(calls: list[str]) -> list[Any]:
+    """The settings of calls of repro.report.tables and repro.report.figures."""
+    parsed = []
+    for call in calls:
+        words = shlex.split(re.sub(r"({.*?}|\[.*?\])", r"'\1'", call))  # quotes are lost on the way
+        module = {"repro.report.tables": tables, "repro.report.figures": figures}[words[1]]
+        parsed.append(parse_config(module.Config, words[2:], prog=words[1]))
+    return parsed
 
 
 @pytest.fixture
@@ -53,31 +68,30 @@ def one_small_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_cell(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = "gnn/run_baselines.sh"
     (call,), _ = hear(script, "cora", "8", "CN", "1.0", "3", "--", "--use_layer_norm", "--epochs", "7")
-    (config,) = parse(call.split(), root, monkeypatch)
-    assert (config.data, config.nlayer, config.norm_mode, config.norm_scale, config.seed) == ("cora", 8, "CN", 1.0, 3)
+    config = parse(call.split(), root, monkeypatch)
+    assert (config.data, config.nlayer, config.norm_mode, config.scale, config.seed) == ("cora", 8, "CN", 1.0, 3)
     assert config.use_layer_norm and config.epochs == 7
-    (call,), _ = hear(script, DATA="texas", NLAYER="16", NORM="PN")
-    (other,) = parse(call.split(), root, monkeypatch)
-    assert (other.data, other.nlayer, other.norm_mode, other.norm_scale, other.seed) == ("texas", 16, "PN", None, 0)
+    (call,), _ = hear(script, DATA="texas", NLAYER="16", NORM="LN")
+    other = parse(call.split(), root, monkeypatch)
+    assert (other.data, other.nlayer, other.norm_mode, other.scale, other.seed) == ("texas", 16, "LN", None, 0)
     assert other.output_dir != config.output_dir
-    (call,), _ = hear(script, "cora", "2", SEED="0,1,2")
-    assert [run.seed for run in parse(call.split(), root, monkeypatch)] == [0, 1, 2]
 
 
 def test_the_sweep_is_table_3(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, lines = hear("gnn/run_different_baselines.sh", "--dry-run", JOBS="3")
+    calls, lines = hear("gnn/run_different_baselines.sh", "--dry-run", JOBS="3", RECORDS="")
     assert calls == ["-m repro.sweep --results results/table3/runs --jobs 3 --cluster local --dry-run"]
-    assert len(lines) == len({tuple(words) for words in lines}) == 4 * 5 * (2 * len(NORMS) + 4)
-    runs = [parse(words, root, monkeypatch) for words in lines]
-    assert all([run.seed for run in cell] == [0, 1, 2, 3, 4] for cell in runs)
-    configs = [cell[0] for cell in runs]
+    assert len(lines) == len({tuple(words) for words in lines}) == 4 * 5 * (2 * len(NORMS) + 4) * 5
+    configs = [parse(words, root, monkeypatch) for words in lines]
+    assert Counter(c.seed for c in configs) == dict.fromkeys(range(5), len(lines) // 5)
     assert {c.data for c in configs} == {"cora", "citeseer", "chameleon", "squirrel"}
     assert {c.nlayer for c in configs} == {2, 4, 8, 16, 32}
     assert all((c.protocol, c.epochs, c.hid) == ("reference", 200, 32) for c in configs)
-    per_cell = Counter((c.norm_mode, c.norm_scale, c.use_layer_norm) for c in configs)
-    expected = {(norm, None, layer_norm) for norm in NORMS for layer_norm in (False, True)}
+    assert all(c.identity is (True if c.norm_mode == "CN" else None) for c in configs)
+    per_cell = Counter((c.norm_mode, c.scale, c.use_layer_norm) for c in configs)
+    scales = {norm: 1.0 if norm.startswith("PN") else None for norm in NORMS}
+    expected = {(norm, scales[norm], layer_norm) for norm in NORMS for layer_norm in (False, True)}
     assert set(per_cell) == expected | {("CN", scale, True) for scale in (0.2, 0.5, 0.8, 1.0)}
-    assert set(per_cell.values()) == {4 * 5}
+    assert set(per_cell.values()) == {4 * 5 * 5}
 
 
 def test_variables_choose_the_cells(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,40 +102,29 @@ def test_variables_choose_the_cells(hear: Hear, root: Path, monkeypatch: pytest.
         PROTOCOL="standard",
         FLAGS="--probe",
         CLUSTER="slurm",
+        RECORDS="a.jsonl,b",
     )
-    assert calls == ["-m repro.sweep --results /r --jobs 2 --cluster slurm"]
-    configs = [config for words in lines for config in parse(words, root, monkeypatch)]
+    assert calls == ["-m repro.sweep --results /r --records [a.jsonl,b] --jobs 2 --cluster slurm"]
+    configs = [parse(words, root, monkeypatch) for words in lines]
     assert len(configs) == 3 and all(c.probe and c.seed == 7 and c.nlayer == 3 for c in configs)
     assert {c.protocol for c in configs} == {"standard"}
 
 
-def test_seeds_together_or_one_by_one(hear: Hear, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways ask for the same runs; auto goes on as the sweep began, and keeps all processes busy."""
-    few = {"DATASETS": "cora", "DEPTHS": "2 4", "NORMS": "None", "SEEDS": "0  1 2", "RESULTS": str(tmp_path / "runs")}
-
-    def asked(**variables: str) -> list[list[str]]:
-        return hear("gnn/run_different_baselines.sh", **few | variables)[1]
-
-    def settings(lines: list[list[str]]) -> list[dict[str, Any]]:
-        runs = [vars(config) | {"output_dir": ""} for words in lines for config in parse(words, root, monkeypatch)]
-        return sorted(runs, key=str)
-
-    one_by_one, together = asked(SEEDS_TOGETHER="0"), asked(SEEDS_TOGETHER="1")
-    assert (len(one_by_one), len(together)) == (12, 4)
-    assert all(words[-2] == "--seed" for words in one_by_one)
-    assert all(words[-2:] == ["--seeds", "0,1,2"] for words in together)
-    assert settings(one_by_one) == settings(together)
-
-    assert asked() == asked(JOBS="2") == one_by_one and asked(JOBS="1") == together  # 4 cells for 2 processes are few
-    assert asked(JOBS="1", SEEDS="0") == asked(SEEDS_TOGETHER="0", SEEDS="0")
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/sweep.txt").write_text("python -m gnn.main --data cora --seed 0\n")
-    assert asked(JOBS="1") == one_by_one
-    (tmp_path / "runs/sweep.txt").write_text("python -m gnn.main --data cora --seeds 0,1,2 --epochs 3\n")
-    assert asked(JOBS="2") == together
-    assert asked(JOBS="2", SEEDS="0 1") == asked(SEEDS_TOGETHER="0", SEEDS="0 1")
+def test_both_forms_and_several_scales(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {"DATASETS": "cora", "DEPTHS": "2", "NORMS": "PN-SI CN", "SCALES": "0.5 1", "SEEDS": "0"}
+    _, lines = hear("gnn/run_different_baselines.sh", **chosen, FORMS="identity eq6", PN_SCALES="1 5")
+    methods = [parse(words, root, monkeypatch).label().method for words in lines]
+    assert methods == [
+        "PN-SI", "PN-SI + LayerNorm", "PN-SI s=5", "PN-SI s=5 + LayerNorm",
+        "ContraNorm s=0.5 + LayerNorm", "ContraNorm s=1 + LayerNorm",
+        "ContraNorm (Eq. 6) s=0.5 + LayerNorm", "ContraNorm (Eq. 6) s=1 + LayerNorm",
+    ]  # fmt: skip
+    flags = {" ".join(words[words.index("--norm_mode") :]) for words in lines}  # as in the committed records' commands
+    assert "--norm_mode PN-SI --use_layer_norm --seed 0" in flags
+    assert "--norm_mode CN --norm_scale 0.5 --use_layer_norm --seed 0" in flags
+    assert "--norm_mode CN --norm_scale 0.5 --no_identity --use_layer_norm --seed 0" in flags
     with pytest.raises(subprocess.CalledProcessError) as refused:
-        asked(SEEDS_TOGETHER="yes")
+        hear("gnn/run_different_baselines.sh", FORMS="eq7")
     assert refused.value.returncode == 2
 
 
@@ -129,7 +132,7 @@ def test_every_distinct_line_trains(
     hear: Hear, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_small_graph: None
 ) -> None:
     """Every combination of norm, scale, LayerNorm and depth of the default sweep, each data set once."""
-    _, lines = hear("gnn/run_different_baselines.sh", SEEDS="0")
+    _, lines = hear("gnn/run_different_baselines.sh", SEEDS="0", FORMS="identity eq6", SCALES="0.2 1.0")
     monkeypatch.chdir(root)
     first = lines[: len(lines) // 4]
     others = {words[words.index("--config") + 1]: words for words in lines}
@@ -141,23 +144,26 @@ def test_every_distinct_line_trains(
         assert 0 <= record["metrics"]["test_accuracy"] <= 1
 
 
-def test_table3_calls_what_exists(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table3_calls_what_exists(hear: Hear, root: Path, tmp_path: Path) -> None:
     script = "scripts/reproduce_table3.sh"
-    calls, lines = hear(script, DATASETS="cora texas", DEPTHS="2", NORMS="None", SEEDS="0", RESULTS="/r/runs")
+    chosen = {"DATASETS": "cora texas", "DEPTHS": "2", "NORMS": "None", "SEEDS": "0"}
+    calls, lines = hear(script, **chosen, RESULTS="/r/runs", RECORDS="")
     assert len(lines) == 4
-    parsed: list[Any] = []
-    for call in calls[1:]:
-        words = shlex.split(call.replace("{data: ", "'{data: ").replace("}", "}'"))
-        module = {"repro.report.tables": tables, "repro.report.figures": figures}[words[1]]
-        parsed.append(parse_config(module.Config, words[2:], prog=words[1]))
+    parsed = parse_report_calls(calls[1:])
     assert [c.output for c in parsed] == ["/r/table3.md", "/r/table3_chosen.md", "/r/depth.png"]
+    assert all(c.records == ["/r/runs"] for c in parsed)
     for flag in ("--dry-run", "--status"):
         assert len(hear(script, flag)[0]) == 1
 
+    runs = tmp_path / "runs"  # the committed records, and this sweep's own where there are any
+    for own in ([], [str(runs)]):
+        calls, _ = hear(script, **chosen, RESULTS=str(runs), RECORDS="a.jsonl,b.jsonl")
+        assert all(c.records == ["a.jsonl", "b.jsonl", *own] for c in parse_report_calls(calls[1:]))
+        (runs / "cell").mkdir(parents=True, exist_ok=True)
+        (runs / "cell/record.json").touch()
 
-@pytest.mark.parametrize("together", ["0", "1"])
+
 def test_from_lines_to_table_and_figures(
-    together: str,
     hear: Hear,
     root: Path,
     tmp_path: Path,
@@ -167,8 +173,8 @@ def test_from_lines_to_table_and_figures(
 ) -> None:
     """The folders and records that a sweep leaves are what repro.report.tables and repro.report.figures read."""
     chosen = {"DATASETS": "digits", "DEPTHS": "2 4", "NORMS": "None PN CN", "SCALES": "0.2 1.0", "SEEDS": "0 1"}
-    _, lines = hear("gnn/run_different_baselines.sh", **chosen, SEEDS_TOGETHER=together, FLAGS="--epochs 2 --probe")
-    assert len(lines) == {"0": 24, "1": 12}[together]
+    _, lines = hear("gnn/run_different_baselines.sh", **chosen, FLAGS="--epochs 2 --probe")
+    assert len(lines) == 24
     runs = tmp_path / "runs"
     cells, _ = sweep.read_cells([shlex.join(words) for words in lines], runs)
     monkeypatch.chdir(root)
@@ -180,16 +186,186 @@ def test_from_lines_to_table_and_figures(
     text = capsys.readouterr().out
     rows = [line.split("|")[2].strip() for line in text.splitlines() if line.startswith("| digits")]
     assert rows == [
-        "None", "None + LayerNorm", "PN", "PN + LayerNorm", "CN s=0.2 + LayerNorm", "CN s=1 + LayerNorm",
+        "vanilla", "vanilla + LayerNorm", "PN", "PN + LayerNorm", "ContraNorm s=0.2 + LayerNorm",
+        "ContraNorm s=1 + LayerNorm",
     ]  # fmt: skip
-    assert "nlayer 2" in text and "nlayer 4" in text and text.count("(2)") == 2 * len(rows)
-    best = "--rows data,norm_mode,use_layer_norm --best norm_scale --by validation_accuracy".split()
+    assert "depth 2" in text and "depth 4" in text and text.count("(2)") == 2 * len(rows)
+    best = "--rows data,norm_mode,identity,use_layer_norm --best scale --by validation_accuracy".split()
     tables.main(["--preset", "table3", "--records", str(runs), *best])
     assert capsys.readouterr().out.count("| CN ") == 1
-    for kind, where in (("depth", "{data: digits}"), ("collapse", '{data: digits, nlayer: "4"}')):
+    for kind, where in (("depth", "{data: digits}"), ("collapse", '{data: digits, depth: "4"}')):
         picture = tmp_path / f"{kind}.png"
-        figures.main(["--records", str(runs), "--kind", kind, "--where", where, "--output", str(picture)])
+        flags = ["--x", "depth", "--label", "method", "--where", where, "--output", str(picture)]
+        figures.main(["--records", str(runs), "--kind", kind, *flags])
         assert picture.stat().st_size > 5000
+
+
+# -- the quickstart ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(root: Path, tmp_path: Path) -> Callable[[str], dict[str, str]]:
+    """The environment of the quickstart with a virtual environment that is up to date: its `python` is this script."""
+
+    def make(script: str) -> dict[str, str]:
+        python = tmp_path / "venv/bin/python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f"#!/usr/bin/env bash\n{script}\n")
+        python.chmod(0o755)
+        wanted = subprocess.run(
+            ["bash", "-c", 'echo "$(cat requirements.txt pyproject.toml | cksum) $PWD"'],
+            cwd=root, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        (tmp_path / "venv/.contranorm-installed").write_text(wanted.stdout)
+        return {**os.environ, "VENV": str(tmp_path / "venv")}
+
+    return make
+
+
+Installed = Callable[[str], dict[str, str]]
+QUICKSTART = "scripts/quickstart.sh"
+
+
+@pytest.mark.parametrize("data", ["digits", "cora"])
+def test_the_quickstart_is_six_norms_by_four_depths_by_two_seeds(
+    data: str, hear: Hear, installed: Installed, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    venv = installed(f'exec "{tmp_path}/python" "$@"')["VENV"]  # the program that `hear` writes
+    calls, lines = hear(QUICKSTART, VENV=venv, **({} if data == "digits" else {"DATA": data}))
+    configs = [parse(words, root, monkeypatch) for words in lines]
+    assert len(lines) == len({tuple(words) for words in lines}) == 6 * 4 * 2
+    assert {c.nlayer for c in configs} == {2, 4, 8, 16} and configs[0].nlayer == 16  # the longest first
+    assert all(c.probe == (c.nlayer == 16) and c.epochs == 100 and c.data == data for c in configs)
+    assert Counter(c.label().method for c in configs) == dict.fromkeys(
+        ["vanilla", "vanilla + LayerNorm", "LN", "PN", "PN + LayerNorm", "ContraNorm s=1 + LayerNorm"], 8
+    )
+    assert calls[0].startswith(f"-m repro.sweep --results out/quickstart/{data}/runs --jobs ")
+    table, depth, collapse = parse_report_calls(calls[1:])
+    assert (table.rows, table.columns, table.metric) == ("method", "depth", "test_accuracy")
+    assert (depth.kind, depth.output) == ("depth", f"out/quickstart/{data}/depth.png")
+    assert (collapse.kind, collapse.where) == ("collapse", {"epochs": "100", "depth": "16"})
+
+
+def test_the_quickstarts_cells_are_those_of_the_committed_records(
+    hear: Hear, installed: Installed, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, lines = hear(QUICKSTART, VENV=installed(f'exec "{tmp_path}/python" "$@"')["VENV"])
+    configs = [parse(words, root, monkeypatch) for words in lines]
+    text = (root / "results/quickstart/records.jsonl").read_text()
+    records = [json.loads(line)["config"] for line in text.splitlines()]
+
+    def cell(c: dict[str, Any]) -> tuple[Any, ...]:
+        names = "data model hid nlayer dropout lr wd epochs norm_mode use_layer_norm tau protocol probe device seed"
+        return tuple(c[name] for name in names.split())
+
+    assert Counter(map(cell, records)) == Counter(cell(vars(c)) for c in configs)
+
+
+def test_flags_of_the_quickstart(
+    hear: Hear, installed: Installed, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    venv = installed(f'exec "{tmp_path}/python" "$@"')["VENV"]
+    flags = ["--depths", "[4, 2]", "--seeds=1", "--epochs", "3", "--jobs", "1", "--output_dir", "/r"]
+    calls, lines = hear(QUICKSTART, *flags, VENV=venv)
+    configs = [parse(words, root, monkeypatch) for words in lines]
+    assert [c.nlayer for c in configs] == [4] * 6 + [2] * 6
+    assert all(c.epochs == 3 and c.seed == 0 and c.probe == (c.nlayer == 4) for c in configs)
+    assert calls[0] == "-m repro.sweep --results /r/digits/runs --jobs 1"
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--depths=1,4", "--depths needs numbers of at least 2"),
+        ("--depths=", "--depths needs numbers of at least 2"),
+        ("--seeds=0", "--seeds and --jobs must be at least 1"),
+        ("--seeds=two", "--seeds and --jobs must be at least 1"),
+        ("--data=karate", "--data karate"),
+        ("--colour=red", "--colour is no flag of the quickstart"),
+        ("--epochs", "--epochs needs a value"),
+    ],
+)
+def test_the_quickstart_refuses_nonsense(flag: str, message: str, root: Path, installed: Installed) -> None:
+    done = subprocess.run(
+        ["bash", str(root / QUICKSTART), flag],
+        env=installed("echo started"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def start(argv: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def group_of(folder: Path) -> list[int]:
+    """Processes whose command line names the folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_quickstart_leaves_no_worker(
+    signum: signal.Signals, root: Path, python: str, tmp_path: Path, installed: Installed
+) -> None:
+    folder = tmp_path / "out"
+    flags = ["--depths=2", "--epochs=100000", "--jobs=2", f"--output_dir={folder}"]
+    process = start(["bash", str(root / QUICKSTART), *flags], installed(f'exec "{python}" "$@"'))
+    deadline = time.monotonic() + 120
+    while not list(folder.rglob("metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode not in (0, None), errors
+    assert group_of(folder) == [] and not list(folder.rglob("record.json"))
+
+
+@pytest.mark.slow
+def test_the_quickstart_prints_a_table_and_draws_two_figures(
+    root: Path, python: str, tmp_path: Path, installed: Installed
+) -> None:
+    """Really: the second time nothing is repeated and the same table printed."""
+    environment = installed(f'exec "{python}" "$@"')
+    flags = ["--depths", "2 3", "--seeds", "1", "--epochs", "2", "--output_dir", str(tmp_path / "out")]
+    printed, written = [], []
+    for _ in range(2):
+        done = subprocess.run(
+            ["bash", str(root / QUICKSTART), *flags], env=environment, capture_output=True, text=True, check=True
+        )
+        printed.append(done.stdout)
+        written.append({p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("record.json")})
+    assert printed[0] == printed[1] and written[0] == written[1] and len(written[0]) == 12
+    assert "| vanilla" in printed[0] and "ContraNorm s=1 + LayerNorm" in printed[0]
+    for name in ("depth.png", "collapse.png"):
+        assert matplotlib.image.imread(tmp_path / "out/digits" / name)[..., :3].std() > 0.01  # something is drawn
+
+
+def test_every_line_of_the_readme_runs(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_small_graph: None, hear: Hear
+) -> None:
+    """Each `python -m gnn.main` line of gnn/README.md and gnn/configs trains one step; each script is there."""
+    text = (root / "gnn/README.md").read_text()
+    pages = [text, *(path.read_text() for path in (root / "gnn/configs").glob("*.yaml"))]
+    lines = [line for page in pages for line in re.findall(r"^(?:    |# run:   )python -m gnn\.main (.*)$", page, re.M)]
+    assert len(lines) >= 13
+    monkeypatch.chdir(root)
+    for number, line in enumerate(lines):
+        words = shlex.split(line, comments=True)
+        main([*words, "--epochs=1", "--device=cpu", f"--output_dir={tmp_path / str(number)}"])
+        assert (tmp_path / str(number) / "record.json").exists()
+    calls = [call for call in re.findall(r"^    ((?:\w+=.*)?bash (?:gnn|scripts)/\w+\.sh.*)$", text, re.M)]
+    assert len(calls) >= 4
+    for call in calls:
+        script = re.search(r"bash (\S+)", call)
+        assert script is not None and (root / script[1]).is_file(), call
 
 
 def test_which_python(root: Path, tmp_path: Path) -> None:

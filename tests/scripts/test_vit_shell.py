@@ -40,7 +40,7 @@ def test_run(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call.startswith("-m torch.distributed.run --standalone --nproc-per-node=4 -m ViT_imagenet.main")
     config = parse(call.split(), root, monkeypatch)
     assert (config.depth, config.scale, config.data_set) == (24, 0.1, "IMNET100")
-    (plain,), _ = hear("ViT_imagenet/run.sh", "--norm", "layer")
+    (plain,), _ = hear("ViT_imagenet/run.sh", "--norm", "vanilla")
     assert plain.startswith("-m ViT_imagenet.main --config ViT_imagenet/configs/cifar10_cpu.yaml --output_dir out/vit/")
 
 
@@ -52,11 +52,13 @@ def test_baselines(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert {(c.depth, c.norm, c.scale, c.seed) for c in configs} == {
         (depth, norm, scale, seed)
         for depth in (12, 16, 24)
-        for norm, scale in (("layer", None), ("contra", 0.1))
+        for norm, scale in (("vanilla", None), ("contra", 0.1))
         for seed in (0, 1)
     }
     assert len(configs) == 12
     assert {c.data_path for c in configs} == {"/d"}
+    (call,), _ = hear(script, RECORDS="done.jsonl")
+    assert call.endswith("--cluster local --records done.jsonl")
 
 
 def test_table2(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +75,9 @@ def test_table2(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None
     )
     assert calls[:4] == ["-m repro.sweep --results results/table2/runs --jobs 2 --cluster slurm --gpus 4"] * 4
     assert [call.split()[1:4] for call in calls[4:]] == [["repro.report.tables", "--preset", "table2"]]
+    calls_with_records, _ = hear(script, CONFIGS="cifar10_cpu", RECORDS="done.jsonl")
+    assert calls_with_records[0].endswith("--records done.jsonl")
+    assert "--records [results/table2/runs, done.jsonl]" in calls_with_records[1]
     configs = [parse(words, root, monkeypatch) for words in lines]
     assert len(configs) == 4 * 3 * 2
     assert all(words[:3] == ["torchrun", "--standalone", "--nproc-per-node=4"] for words in lines)

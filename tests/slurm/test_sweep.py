@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from repro.sweep.cell import Cell, read_cells, read_details
+from repro.sweep.cell import Cell, read_cells
+from repro.sweep.status import read_details
 
 CELL = Path(__file__).with_name("cell.py")
 Until = Callable[[Callable[[], object], float, str], None]
@@ -110,7 +111,7 @@ def test_killed_and_requeued_cells_end_with_the_records_of_a_local_sweep(
     sweeps.go.touch()
     out, _ = sweep.communicate(timeout=120)
     assert sweep.returncode == 1, out
-    assert f"failed: {killed.line}" in out and "died without a word" in out and "last line: from step 0" in out
+    assert f"failed: {killed.line}" in out and "exited without a status" in out and "last line: from step 0" in out
     assert out.count("failed: ") == 1
     assert sweeps.job(moved) == first_job  # the same job, queued again
     assert len((moved.folder / "starts.txt").read_text().splitlines()) == 2
@@ -220,8 +221,8 @@ def test_a_training_run_is_moved(sweeps: Sweeps, cluster: Any, until: Until, tmp
     cluster.ask("scancel", "--signal=USR2", sweeps.job(cell))
     out, _ = sweep.communicate(timeout=200)
     assert sweep.returncode == 0, out
-    assert "going on from step" in (cell.folder / "log.txt").read_text()
+    assert "resuming from step" in (cell.folder / "log.txt").read_text()
     moved = sweeps.records(lines)[cell.line]
     sweeps.results = tmp_path / "local"
-    assert sweeps.run(lines, where="none")[0] == 0
+    assert sweeps.run(lines, where="local")[0] == 0
     assert sweeps.records(lines)[cell.line]["metrics"] == moved["metrics"]

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from repro.config import parse_config
+from repro.config import CellLabel, parse_config
 from repro.errors import UserError
 from ViT_imagenet.config import Config
-from ViT_imagenet.setup import build_model
+from ViT_imagenet.factory import build_model
 
 PROG = "ViT_imagenet.main"
 
@@ -22,13 +23,13 @@ def parse(*flags: str) -> Config:
     [
         ("", "--norm contra needs a step"),
         ("--scale 0", "--norm contra needs a step"),
-        ("--norm layer --scale 0.1", "--scale has no meaning"),
-        ("--norm layer --dual-norm", "--dual_norm has no meaning"),
+        ("--norm vanilla --scale 0.1", "--scale has no meaning"),
+        ("--norm vanilla --dual-norm", "--symmetric has no meaning"),
         ("--scale 0.1 --positive", "--positive needs --learnable"),
         ("--scale 0.1 --depth 0", "--depth must be at least 1"),
         ("--scale 0.1 --batch-size 3", "must be even"),
         ("--scale 0.1 --drop-path 1.5", "--drop_path must be between"),
-        ("--scale 0.1 --temp 0", "--temp must be above 0"),
+        ("--scale 0.1 --temp 0", "--tau must be above 0"),
         ("--scale 0.1 --distillation-type soft", "go together"),
         ("--scale 0.1 --teacher-model regnety_160", "go together"),
         ("--scale 0.1 --opt lamb", "--no_fused_optimizer"),
@@ -58,9 +59,14 @@ def test_models_refused(flags: str, said: str) -> None:
         build_model(parse("--scale=0.1", *flags.split()), 10)
 
 
-def test_a_contranorm_name_and_norm_layer_contradict_each_other() -> None:
-    with pytest.raises(UserError, match="has ContraNorm, --norm layer has none"):
-        build_model(parse("--norm=layer", "--model=deit_tiny_patch16_224_contranorm"), 10)
+def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"there are deit_micro_patch8_32, .*deit_tiny_patch16_224$"):
+        build_model(parse("--scale=0.1", "--model=deit_huge"), 10)
+
+
+def test_a_contranorm_name_and_vanilla_contradict_each_other() -> None:
+    with pytest.raises(UserError, match="has ContraNorm, --norm vanilla has none"):
+        build_model(parse("--norm=vanilla", "--model=deit_tiny_patch16_224_contranorm"), 10)
 
 
 def test_the_references_spellings() -> None:
@@ -70,8 +76,25 @@ def test_the_references_spellings() -> None:
     config = parse(
         *flags.split(), *"--identity --batch-size 8 --data-path d --data-set IMNET100 --input-size 64".split()
     )
-    assert (config.scale, config.temp, config.dual_norm, config.pre_norm) == (0.2, 0.5, True, True)
+    assert (config.scale, config.tau, config.symmetric, config.pre_norm) == (0.2, 0.5, True, True)
     assert (config.learnable, config.positive, config.identity, config.input_size) == (True, True, True, 64)
+
+
+def test_a_run_says_which_cell_it_belongs_to() -> None:
+    contra = parse("--scale=0.1", "--data_set=CIFAR", "--depth=24")
+    assert contra.identity is False
+    assert contra.label() == CellLabel(
+        "CIFAR100", "deit_tiny_patch16_224", "ContraNorm s=0.1", order=(1, 0.1), depth=24, scale=0.1
+    )
+    vanilla = parse("--norm=vanilla")
+    assert vanilla.label() == CellLabel("IMNET", "deit_tiny_patch16_224", "vanilla", order=(0,), depth=12)
+    assert parse("--scale=0.1", "--axis=features").label().method == "D-ContraNorm s=0.1"
+    assert set(Config.EXECUTION_FIELDS) <= set(Config.__dataclass_fields__)
+
+
+def test_the_command_line_loads_without_torch(python: str, root: Path) -> None:
+    code = "import ViT_imagenet.main, sys; assert not {'torch', 'timm'} & sys.modules.keys()"
+    subprocess.run([python, "-c", code], cwd=root, check=True)
 
 
 def test_every_setting_says_why(capsys: pytest.CaptureFixture[str]) -> None:

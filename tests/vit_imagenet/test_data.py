@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from repro.errors import UserError
 from ViT_imagenet.config import Config
-from ViT_imagenet.data import BadImageError, Cached, load_data
+from ViT_imagenet.data import IMAGENET100, BadImageError, Cached, load_data
 
 Folders = Callable[..., Path]
 
@@ -52,8 +53,39 @@ def test_class_list_chooses_and_numbers_the_classes(make_folders: Folders, tmp_p
 
 def test_imagenet_100_means_100_classes(make_folders: Folders) -> None:
     folder = make_folders()
-    with pytest.raises(UserError, match="3 classes, IMNET100 has 100"):
+    with pytest.raises(UserError, match="3 classes and lacks 100 of ImageNet-100's .*--class-list all"):
         load_data(config(folder, "IMNET100"))
+    with pytest.raises(UserError, match="3 classes, IMNET100 has 100"):
+        load_data(config(folder, "IMNET100", class_list="all"))
+
+
+def test_imagenet_100_is_the_shipped_list_unless_told_otherwise(make_folders: Folders, tmp_path: Path) -> None:
+    listed = IMAGENET100.read_text().split()
+    assert len(set(listed)) == 100
+    folder = make_folders((*listed, "n00000001"), per_class=1, side=8)
+    assert load_data(config(folder, "IMNET100")).classes == sorted(listed)
+    for split in ("train", "val"):
+        shutil.rmtree(folder / split / listed[7])  # 100 classes are left, one of them another
+    with pytest.raises(UserError, match=f"100 classes and lacks 1 of .*{listed[7]}.*--class-list all"):
+        load_data(config(folder, "IMNET100"))
+    assert "n00000001" in load_data(config(folder, "IMNET100", class_list="all")).classes
+
+
+def test_a_changed_class_list_is_refused(
+    make_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy.txt"
+    copy.write_text(IMAGENET100.read_text().replace("n01558993", "n01558994"))
+    monkeypatch.setattr("ViT_imagenet.data.IMAGENET100", copy)
+    with pytest.raises(UserError, match="not the list that this repository ships"):
+        load_data(config(make_folders(), "IMNET100"))
+
+
+def test_imagenet_100_in_parquet_is_checked_by_its_wordnet_ids(data_root: Path) -> None:
+    tiny = data_root / "images" / "tiny_imagenet_100"
+    with pytest.raises(UserError, match="100 classes and lacks .*--class-list all"):
+        load_data(config(tiny, "IMNET100"))
+    assert len(load_data(config(tiny, "IMNET100", class_list="all")).classes) == 100
 
 
 def test_empty_class_folder_is_named(make_folders: Folders) -> None:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+import yaml
 from torch import nn
 
-import ViT_imagenet  # noqa: F401  registers the models
 from contranorm import ContraNorm, effective_rank, mean_cosine_similarity
 from ViT_imagenet.models import collapse_by_block, contra_norm_sites
 
@@ -16,7 +17,7 @@ PLAIN = [name.removesuffix("_contranorm") for name in MODELS]
 
 
 def small(name: str, **kwargs: object) -> nn.Module:
-    """Depth 1 and few classes: what is asked of all 36 models does not depend on either."""
+    """Depth 1 and few classes: what is asked of every model does not depend on either."""
     torch.manual_seed(0)
     return timm.create_model(name, depth=1, num_classes=5, **kwargs)
 
@@ -26,15 +27,10 @@ def images_for(model: nn.Module, number: int = 2) -> torch.Tensor:
     return torch.randn(number, 3, *model.patch_embed.img_size)
 
 
-def test_all_sizes_are_listed() -> None:
-    for size in ("tiny", "small", "base"):
-        for side in (224, 384):
-            for kind in ("", "_distilled"):
-                assert f"deit_{size}{kind}_patch16_{side}_contranorm" in MODELS
-    for grid in ("patch4_32", "patch8_32", "patch4_64", "patch8_64"):
-        assert f"deit_tiny_{grid}_contranorm" in MODELS
-        assert f"deit_tiny_{grid}" in timm.list_models()
-    assert len(MODELS) == 36
+def test_the_papers_and_the_configs_models_are_registered(root: Path) -> None:
+    configs = [yaml.safe_load(path.read_text()) for path in (root / "ViT_imagenet" / "configs").glob("*.yaml")]
+    paper = [f"deit_{size}{kind}_patch16_224" for size in ("tiny", "small") for kind in ("", "_distilled")]
+    assert {*paper, *(config["model"] for config in configs)} == set(PLAIN) <= set(timm.list_models())
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -60,11 +56,12 @@ def test_an_image_does_not_feel_the_others_of_its_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["", "_distilled"])
-@pytest.mark.parametrize("last_norm", ["contra", "layer"])
+@pytest.mark.parametrize("last_norm", ["contra", "vanilla"])
 @pytest.mark.parametrize("learnable", [False, True])
 def test_every_parameter_gets_a_gradient(kind: str, last_norm: str, learnable: bool) -> None:
+    name = f"deit_tiny{kind}_patch16_224_contranorm"
     model = timm.create_model(
-        f"deit_nano{kind}_patch8_32_contranorm", depth=2, num_classes=5, scale=0.3, last_norm=last_norm,
+        name, img_size=32, depth=2, num_classes=5, scale=0.3, last_norm=last_norm,
         learnable=learnable, positive=learnable,
     )  # fmt: skip
     out = model(images_for(model))
@@ -74,13 +71,13 @@ def test_every_parameter_gets_a_gradient(kind: str, last_norm: str, learnable: b
 
 
 def test_every_norm_is_contranorm_and_the_last_one_on_request_plain() -> None:
-    model = timm.create_model("deit_nano_patch8_32_contranorm", depth=3, scale=0.3)
+    model = timm.create_model("deit_micro_patch8_32_contranorm", depth=3, scale=0.3)
     norms = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
     assert contra_norm_sites(model) == norms
     assert len(norms) == 7
     assert {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)} == {1e-6}
     assert not any(m.identity for m in model.modules() if isinstance(m, ContraNorm))
-    plain_end = timm.create_model("deit_nano_patch8_32_contranorm", depth=3, scale=0.3, last_norm="layer")
+    plain_end = timm.create_model("deit_micro_patch8_32_contranorm", depth=3, scale=0.3, last_norm="vanilla")
     assert contra_norm_sites(plain_end) == norms[:-1]
     assert list(plain_end.state_dict()) == list(model.state_dict())
 
@@ -92,7 +89,7 @@ def test_scale_has_no_default() -> None:
 
 def test_switches_arrive_in_every_layer() -> None:
     model = timm.create_model(
-        "deit_nano_patch8_32_contranorm",
+        "deit_micro_patch8_32_contranorm",
         depth=1,
         scale=0.3,
         tau=0.5,
@@ -106,8 +103,8 @@ def test_switches_arrive_in_every_layer() -> None:
 
 def test_timms_own_norm_layer_argument_works() -> None:
     norm = partial(ContraNorm, scale=0.2, eps=1e-6)
-    plain = timm.create_model("deit_tiny_patch8_32", depth=2, norm_layer=norm)
-    ours = timm.create_model("deit_tiny_patch8_32_contranorm", depth=2, scale=0.2)
+    plain = timm.create_model("deit_micro_patch8_32", depth=2, norm_layer=norm)
+    ours = timm.create_model("deit_micro_patch8_32_contranorm", depth=2, scale=0.2)
     ours.load_state_dict(plain.state_dict())
     images = images_for(plain)
     with torch.inference_mode():
@@ -128,18 +125,18 @@ def test_timms_own_norm_layer_argument_works() -> None:
 )
 def test_other_places_are_refused_with_the_reason(kwargs: dict[str, object], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        timm.create_model("deit_nano_patch8_32_contranorm", depth=1, scale=0.1, **kwargs)
+        timm.create_model("deit_micro_patch8_32_contranorm", depth=1, scale=0.1, **kwargs)
 
 
 def test_pooling_in_a_plain_model_is_refused_by_the_layer() -> None:
     norm = partial(ContraNorm, scale=0.2)
-    model = timm.create_model("deit_tiny_patch8_32", depth=1, norm_layer=norm, global_pool="avg")
+    model = timm.create_model("deit_micro_patch8_32", depth=1, norm_layer=norm, global_pool="avg")
     with pytest.raises(ValueError, match="global_pool='avg'"):
         model(images_for(model))
 
 
 def test_bf16_stays_finite_at_depth_24() -> None:
-    model = timm.create_model("deit_nano_patch8_32_contranorm", depth=24, num_classes=5, scale=1.0)
+    model = timm.create_model("deit_micro_patch8_32_contranorm", depth=24, num_classes=5, scale=1.0)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(10 * images_for(model))
     logits.float().square().mean().backward()
@@ -147,14 +144,14 @@ def test_bf16_stays_finite_at_depth_24() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["deit_nano_patch8_32", "deit_nano_distilled_patch8_32_contranorm"])
+@pytest.mark.parametrize("name", ["deit_micro_patch8_32", "deit_tiny_distilled_patch16_224_contranorm"])
 def test_probe_sees_every_block_and_not_the_final_norm(name: str) -> None:
     kwargs = {"scale": 0.5} if name.endswith("contranorm") else {}
     model = timm.create_model(name, depth=3, num_classes=5, **kwargs).train()
     images = images_for(model, 3)
     fused = [block.attn.fused_attn for block in model.blocks]
     frame = collapse_by_block(model, images)
-    assert list(frame["layer"]) == [0, 1, 2]
+    assert list(frame["layer"]) == [1, 2, 3]
     assert [block.attn.fused_attn for block in model.blocks] == fused
     assert model.training
     with torch.no_grad():  # an independent way to the features of block 1: run the stem and two blocks by hand
@@ -170,8 +167,8 @@ def test_probe_sees_every_block_and_not_the_final_norm(name: str) -> None:
 
 def test_contranorm_lowers_the_mean_cosine_of_the_blocks() -> None:
     """What the layer is for, on one set of weights."""
-    plain = small("deit_tiny_patch8_32").eval()
-    contra = small("deit_tiny_patch8_32_contranorm", scale=1.0).eval()
+    plain = small("deit_micro_patch8_32").eval()
+    contra = small("deit_micro_patch8_32_contranorm", scale=1.0).eval()
     contra.load_state_dict(plain.state_dict())
     features = {}
     for name, model in (("plain", plain), ("contra", contra)):

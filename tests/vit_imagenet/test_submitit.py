@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -36,7 +35,6 @@ def test_the_request_reaches_sbatch(
         ("--nodes 0", "--nodes must be at least 1"),
         ("--gpus 0", "needs --tasks"),
         ("--gpus 4 --tasks 2", "one process per GPU"),
-        ("--cluster local --nodes 2", "one machine"),
     ],
 )
 def test_refused(flags: str, said: str) -> None:
@@ -89,12 +87,3 @@ def test_a_stopped_run_goes_back_to_the_queue(monkeypatch: pytest.MonkeyPatch) -
     again = Training(["--scale=0.1"]).checkpoint()
     assert isinstance(again.function, Training)
     assert again.function.argv == ["--scale=0.1"]
-
-
-@pytest.mark.slow
-def test_two_processes_on_this_machine(quick: list[str], parquet: Path, tmp_path: Path) -> None:
-    flags = [*quick, f"--data_path={parquet}", "--epochs=1", f"--output_dir={tmp_path / 'run'}"]
-    assert main(["--cluster=local", "--gpus=0", "--tasks=2", "--cpus=1", "--wait", "--", *flags]) == 0
-    done = json.loads((tmp_path / "run" / "record.json").read_text())
-    assert done["processes"] == 2
-    assert done["metrics"]["test_images"] == 11

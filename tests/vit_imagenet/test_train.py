@@ -68,7 +68,7 @@ def test_start_tells_norms_and_learning_rate(
     assert "4 x 2 x 1 processes = 8; lr 7.81e-06 (0.0005 x 8 / 512)" in out
     at = flags.index("--scale")
     vanilla = flags[:at] + flags[at + 2 :]
-    main([*vanilla, "--norm=layer", "--epochs=1", f"--output_dir={tmp_path / 'b'}"])
+    main([*vanilla, "--norm=vanilla", "--epochs=1", f"--output_dir={tmp_path / 'b'}"])
     assert "none of 5 is ContraNorm (vanilla)" in capsys.readouterr().out
 
 
@@ -100,22 +100,22 @@ def test_killed_in_mid_epoch_and_started_again_gives_the_same_weights(
 def test_stopped_by_a_signal_anywhere_and_started_again_gives_the_same_weights(
     step: int, undisturbed: Path, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGTERM is taken at the end of a step; every point of an epoch, its end too, must be one to go on from."""
-    from ViT_imagenet import engine
+    """SIGTERM is taken at the end of a step; every point of an epoch, its end too, must be one to resume from."""
+    from ViT_imagenet import train
 
     taken = 0
-    real = engine.Trainer._step
+    real = train.batch_loss  # once per step: no accumulation here
 
-    def counted(self: engine.Trainer, *arguments: object) -> torch.Tensor:
+    def counted(*arguments: object) -> torch.Tensor:
         nonlocal taken
         taken += 1
         if taken == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, *arguments)
+        return real(*arguments)
 
     folder = tmp_path / "stopped"
     command = [*flags, "--checkpoint_every=2", f"--output_dir={folder}"]
-    monkeypatch.setattr(engine.Trainer, "_step", counted)
+    monkeypatch.setattr(train, "batch_loss", counted)
     with pytest.raises(Interrupted):
         main(command)
     assert taken == step
@@ -195,8 +195,8 @@ def test_eval_finetune_and_resume(undisturbed: Path, flags: list[str], tmp_path:
     main([*flags, "--epochs=1", "--input_size=48", f"--finetune={undisturbed / 'model.safetensors'}", "--probe",
           f"--output_dir={tmp_path / 'larger'}"])  # fmt: skip
     done = record(tmp_path / "larger")
-    assert [row["layer"] for row in done["collapse"]] == [0, 1]
-    assert load_file(tmp_path / "larger" / "model.safetensors")["pos_embed"].shape == (1, 37, 96)
+    assert done["collapse"]["layer"] == [1, 2]
+    assert load_file(tmp_path / "larger" / "model.safetensors")["pos_embed"].shape == (1, 37, 128)
 
 
 def test_weights_of_another_number_of_classes(
@@ -213,7 +213,7 @@ def test_weights_of_another_number_of_classes(
 
 
 def test_plain_weights_start_a_contranorm_model(flags: list[str], tmp_path: Path) -> None:
-    plain = timm.create_model("deit_nano_patch8_32", depth=2, num_classes=3)
+    plain = timm.create_model("deit_micro_patch8_32", depth=2, num_classes=3)
     torch.save({"model": plain.state_dict()}, tmp_path / "plain.pth")
     main(
         [*flags, "--epochs=1", "--learnable", f"--finetune={tmp_path / 'plain.pth'}", f"--output_dir={tmp_path / 'r'}"]
@@ -225,12 +225,12 @@ def test_plain_weights_start_a_contranorm_model(flags: list[str], tmp_path: Path
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_distillation(kind: str, flags: list[str], tmp_path: Path) -> None:
-    teacher = timm.create_model("deit_nano_patch8_32", num_classes=3)
+    teacher = timm.create_model("deit_micro_patch8_32", num_classes=3)
     save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
-    more = [f"--distillation-type={kind}", "--teacher-model=deit_nano_patch8_32", "--epochs=1"]
+    more = [f"--distillation-type={kind}", "--teacher-model=deit_micro_patch8_32", "--epochs=1"]
     with pytest.raises(UserError, match="no distillation token"):
         main([*flags, *more, f"--teacher-path={tmp_path / 'teacher.safetensors'}", f"--output_dir={tmp_path / 'a'}"])
-    more.append("--model=deit_nano_distilled_patch8_32")
+    more += ["--model=deit_tiny_distilled_patch16_224", "--input_size=32"]
     with pytest.raises(UserError, match="untrained teacher"):
         main([*flags, *more, f"--output_dir={tmp_path / 'b'}"])
     main([*flags, *more, f"--teacher-path={tmp_path / 'teacher.safetensors'}", f"--output_dir={tmp_path / 'c'}"])
@@ -254,14 +254,14 @@ def test_resume_goes_on_from_another_folders_checkpoint(
             main([*command, f"--output_dir={tmp_path / 'first'}"])
     main([*command, f"--resume={tmp_path / 'first'}", f"--output_dir={tmp_path / 'second'}"])
     assert same_weights(undisturbed, tmp_path / "second")
-    with pytest.raises(UserError, match="no checkpoint to go on from"):
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
         main([*command, f"--resume={undisturbed}", f"--output_dir={tmp_path / 'third'}"])
 
 
 def test_a_diverged_run_is_told(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ViT_imagenet import engine
+    from ViT_imagenet import train
 
-    monkeypatch.setattr(engine.Trainer, "batch_loss", lambda self, x, y: self.model(x).sum() * float("nan"))
+    monkeypatch.setattr(train, "batch_loss", lambda setup, x, y: setup.model(x).sum() * float("nan"))
     with pytest.raises(UserError, match="loss is nan at epoch 0"):
         main([*flags, f"--output_dir={tmp_path / 'a'}"])
 
@@ -272,7 +272,7 @@ def test_a_diverged_run_is_told(flags: list[str], tmp_path: Path, monkeypatch: p
         ["--data_path=/nowhere"],
         ["--input_size=33"],
         ["--depth=0"],
-        ["--norm=layer"],
+        ["--norm=vanilla"],
         ["--mixed_precision=fp16"],
         ["--batch_size=30"],
     ],
@@ -309,7 +309,7 @@ def test_curves_are_drawn_from_records(undisturbed: Path, capsys: pytest.Capture
     curves(["--runs", str(undisturbed.parent)])
     done = record(undisturbed)
     note = (undisturbed.parent / "README.md").read_text()
-    assert f"| whole | ContraNorm, s = 0.1 | {done['metrics']['test_accuracy']:.4f} |" in note
+    assert f"| whole | ContraNorm s=0.1 | {done['metrics']['test_accuracy']:.4f} |" in note
     assert (undisturbed.parent / "learning_curves.png").stat().st_size > 5000
     assert (undisturbed.parent / "curves.csv").read_text().count("\n") == 3
     with pytest.raises(UserError, match="record.json"):

@@ -23,6 +23,7 @@ def test_one_file_reads_like_the_folders(tmp_path: Path, capsys: pytest.CaptureF
     collect.main(["--records", str(tmp_path / "runs"), "--output", str(output)])
     assert "3 records" in capsys.readouterr().out
     assert [json.loads(line)["command"] for line in output.read_text().splitlines()] == [f"python {n}" for n in "abc"]
+    assert all("cell" not in line for line in output.read_text().splitlines())  # packed as they were written
     apart, together = (load_records(place).drop(columns="path") for place in (tmp_path / "runs", output))
     pd.testing.assert_frame_equal(together, apart.sort_values("config.data", ignore_index=True), check_like=True)
 

@@ -8,9 +8,8 @@ from matplotlib import pyplot as plt
 
 from repro.errors import UserError
 from repro.report import figures
-from repro.report.figures import COLLAPSE, Config, _style, draw, draw_collapse, draw_depth
+from repro.report.figures import COLLAPSE, Config, _share_out, _style, draw, draw_collapse, draw_depth
 from repro.report.records import load_records
-from repro.report.tables import prepare
 
 PNG = b"\x89PNG\r\n"
 
@@ -24,23 +23,20 @@ def _no_figure_stays_open():
 @pytest.fixture
 def graph_runs(write_records):
     """Two norms, three depths, two seeds, one data set; returns the folder."""
-    for norm, values in {"None": (0.8, 0.5, 0.2), "CN": (0.8, 0.75, 0.7)}.items():
-        for nlayer, value in zip((2, 4, 16), values, strict=True):
-            folder = write_records(
-                [value, value + 0.02], data="cora", nlayer=nlayer, norm_mode=norm,
-                norm_scale=1.0 if norm == "CN" else None, use_layer_norm=norm == "CN",
-            )  # fmt: skip
+    for method, values in {"ContraNorm s=1 + LayerNorm": (0.8, 0.75, 0.7), "vanilla": (0.8, 0.5, 0.2)}.items():
+        for depth, value in zip((2, 4, 16), values, strict=True):
+            folder = write_records([value, value + 0.02], data="cora", depth=depth, method=method,
+                                   scale=1.0 if "s=1" in method else None, order=[int("s=1" in method)])  # fmt: skip
     return folder
 
 
 def test_curves_hold_mean_and_spread_of_each_depth(graph_runs):
     figure, axes = plt.subplots()
-    frame, settings = prepare(load_records(graph_runs))
-    draw_depth(frame, settings, Config(records=graph_runs), axes)
+    draw_depth(load_records(graph_runs), Config(records=graph_runs), [axes])
     plt.close(figure)
     curves = dict(zip([h.get_label() for h in axes.containers], axes.containers, strict=True))
-    assert list(curves) == ["None", "CN s=1 + LayerNorm"]
-    for label, expected in (("None", [81, 51, 21]), ("CN s=1 + LayerNorm", [81, 76, 71])):
+    assert list(curves) == ["vanilla", "ContraNorm s=1 + LayerNorm"]
+    for label, expected in (("vanilla", [81, 51, 21]), ("ContraNorm s=1 + LayerNorm", [81, 76, 71])):
         line, _, (bars,) = curves[label].lines
         assert list(line.get_xdata()) == [2, 4, 16]
         assert list(line.get_ydata()) == pytest.approx(expected)
@@ -67,7 +63,7 @@ def test_files_are_the_same_each_time(graph_runs, tmp_path, ending, start):
 
 
 def test_one_figure_for_each_data_set(graph_runs, write_records, tmp_path, capsys):
-    write_records([0.5], data="dblp", nlayer=2, norm_mode="None", norm_scale=None, use_layer_norm=False)
+    write_records([0.5], data="dblp", depth=2, method="vanilla")
     output = tmp_path / "depth.png"
     with pytest.raises(UserError, match="mixes data: cora, dblp"):
         draw(Config(records=graph_runs, output=str(output)))
@@ -82,7 +78,7 @@ def test_one_figure_for_each_data_set(graph_runs, write_records, tmp_path, capsy
 def test_several_fields_make_one_label(write_records, tmp_path):
     for norm, scale in (("layer", None), ("contra", 0.1), ("contra", 0.2)):
         for depth in (12, 24):
-            folder = write_records([0.5], model="tiny", norm=norm, scale=scale, depth=depth)
+            folder = write_records([0.5], model="tiny", method=norm, norm=norm, scale=scale, depth=depth)
     seen = []
     original = plt.close
     try:
@@ -93,46 +89,58 @@ def test_several_fields_make_one_label(write_records, tmp_path):
     assert sorted(seen[0]) == ["contra 0.1", "contra 0.2", "layer"]
 
 
-def collapse_runs(write_records, form):
-    """Probed runs in the two forms that records hold: lists by metric, or mappings by layer."""
+def test_many_curves_are_shared_out_over_panels(write_records, tmp_path, monkeypatch):
+    assert [len(part) for n in (1, 8, 9, 14, 17) for part in _share_out(list(range(n)))] == [1, 8, 5, 4, 7, 7, 6, 6, 5]
+    for number in range(9):
+        folder = write_records([0.5], data="cora", method=f"m{number}", order=[number], depth=2)
+    seen = []
+    original = plt.close
+    monkeypatch.setattr(plt, "close", lambda figure: (seen.append(figure.axes), original(figure)))
+    draw(Config(records=folder, output=str(tmp_path / "x.png")))
+    labels = [panel.get_legend_handles_labels()[1] for panel in seen[0]]
+    assert labels == [["m0", "m1", "m2", "m3", "m4"], ["m5", "m6", "m7", "m8"]]
+    assert len({panel.get_ylim() for panel in seen[0]}) == 1
+
+
+def collapse_runs(write_records, methods=("CN",)):
     by_metric = {"mean_cosine": [0.5, 0.9], "effective_rank": [8.0, 2.0], "variance": [1.0, 1e-9]}
-    for seed in (0, 1):
-        lists = {name: [v * (1 + seed) for v in values] for name, values in by_metric.items()}
-        if form == "lists":
-            extra = {"probe": lists}
-        else:
-            extra = {
-                "collapse": [{"layer": i + 1, "module": "x"} | {k: v[i] for k, v in lists.items()} for i in (0, 1)]
-            }
-        folder = write_records([0.5], seeds=[seed], extra=extra, data="cora", norm="CN", probe=True)
+    for method in methods:
+        for seed in (0, 1):
+            lists = {name: [v * (1 + seed) for v in values] for name, values in by_metric.items()}
+            collapse = {"layer": [1, 2], **lists, "attention_similarity": [0.1, None]}
+            extra = {"collapse": collapse}
+            folder = write_records([0.5], seeds=[seed], extra=extra, data="cora", method=method, probe=True)
     return folder, by_metric
 
 
-@pytest.mark.parametrize("form", ["lists", "mappings"])
-def test_collapse_per_layer_is_the_mean_over_seeds(write_records, form, tmp_path):
-    folder, by_metric = collapse_runs(write_records, form)
-    write_records([0.5], data="cora", norm="CN", probe=False, seeds=[7])  # a run without a probe does not count
+def test_collapse_per_layer_is_the_mean_over_seeds(write_records, tmp_path):
+    folder, by_metric = collapse_runs(write_records)
+    frame = load_records(folder)
     figure, axes = plt.subplots(1, 3)
-    frame, settings = prepare(load_records(folder))
-    frame["layers"] = figures._layers(frame)
-    draw_collapse(frame, settings, Config(records=folder), list(axes))
-    plt.close(figure)
+    draw_collapse(frame, Config(records=folder), list(axes))
+    figure.draw_without_rendering()
     for panel, name in zip(axes, COLLAPSE, strict=True):
         np.testing.assert_allclose(panel.lines[0].get_xdata(), [1, 2])
         np.testing.assert_allclose(panel.lines[0].get_ydata(), np.multiply(by_metric[name], 1.5))
+        assert all(float(tick).is_integer() for tick in panel.get_xticks())
+        low, high = panel.get_ylim()
+        assert low < min(panel.lines[0].get_ydata()) and max(panel.lines[0].get_ydata()) < high
+    plt.close(figure)
+    write_records([0.5], data="cora", method="CN", probe=False, seeds=[7])  # a run without a probe does not count
     (path,) = draw(Config(records=folder, kind="collapse", output=str(tmp_path / "c.png"), each="data"))
     assert path.name == "c-cora.png" and path.read_bytes().startswith(PNG)
+    collapse_runs(write_records, [f"m{n}" for n in range(9)])
+    draw(Config(records=folder, kind="collapse", output=str(tmp_path / "many.svg")))
 
 
 def test_collapse_needs_a_probe_and_one_depth(write_records, tmp_path):
-    folder = write_records([0.5], data="cora", norm="CN", nlayer=2)
+    folder = write_records([0.5], data="cora", method="CN", depth=2)
     with pytest.raises(UserError, match="--probe"):
         draw(Config(records=folder, kind="collapse", output=str(tmp_path / "c.png")))
-    for nlayer in (2, 4):
-        extra = {
-            "collapse": [{"layer": i, "mean_cosine": 0.5, "effective_rank": 2, "variance": 1} for i in range(nlayer)]
-        }
-        folder = write_records([0.5], extra=extra, data="cora", norm="CN", nlayer=nlayer, folder="probed")
+    for depth in (2, 4):
+        lists = {"mean_cosine": [0.5] * depth, "effective_rank": [2] * depth, "variance": [1] * depth}
+        extra = {"collapse": {"layer": list(range(1, depth + 1)), **lists}}
+        folder = write_records([0.5], extra=extra, data="cora", method="CN", depth=depth, folder="probed")
     with pytest.raises(UserError, match="different depth in one curve"):
         draw(Config(records=folder, kind="collapse", output=str(tmp_path / "c.png")))
     assert not (tmp_path / "c.png").exists()
@@ -142,10 +150,10 @@ def test_collapse_needs_a_probe_and_one_depth(write_records, tmp_path):
     ("flags", "told"),
     [
         (["--output", "x.jpg"], "ending must be"),
-        (["--label", "colour"], "colour: no config field"),
-        (["--each", "colour"], "colour: no config field"),
+        (["--label", "colour"], "colour: no field"),
+        (["--each", "colour"], "colour: no field"),
         (["--where", "{data: pubmed}"], "no record is left"),
-        (["--x", "colour"], "colour: no config field"),
+        (["--x", "colour"], "colour: no field"),
         (["--metric", "f1"], "there are test_accuracy"),
         (["--kind", "pie"], "kind"),
     ],

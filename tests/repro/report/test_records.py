@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from repro.config import CellLabel, RunConfig
 from repro.errors import UserError
 from repro.report.records import comparable, find_records, load_records
 from repro.run.run import Run
@@ -20,13 +21,14 @@ from repro.run.run import Run
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-(2**53), 2**53)
 
 
-@dataclass
-class Config:
-    output_dir: str
-    seed: int
+@dataclass(kw_only=True)
+class Config(RunConfig):
     rate: float
     name: str
     scale: float | None
+
+    def label(self) -> CellLabel:
+        return CellLabel(data="d", model="m", method="vanilla")
 
 
 @settings(max_examples=25, deadline=None)
@@ -45,9 +47,11 @@ def test_what_a_run_writes_is_read_back(metrics, config):
     for name, value in metrics.items():
         read = row[f"metrics.{name}"]
         assert read == float(value) or (math.isnan(read) and math.isnan(value))
-    assert {name: row[f"config.{name}"] for name in ("seed", "rate", "name", "scale")} == {
-        "seed": config.seed, "rate": config.rate, "name": config.name, "scale": config.scale,
+    # A config's field has its own name, but where every record has a column of that name.
+    assert {name: row[name] for name in ("config.seed", "rate", "name", "config.scale")} == {
+        "config.seed": config.seed, "rate": config.rate, "name": config.name, "config.scale": config.scale,
     }  # fmt: skip
+    assert row["seed"] == config.seed and row["scale"] is None
     assert (row["experiment"], row["protocol"], row["selection"], row["parameters"]) == ("test", "p", "s", 7)
 
 

@@ -15,9 +15,10 @@ from scipy import stats
 from repro.errors import UserError
 from repro.report import published, tables
 from repro.report.records import load_records
-from repro.report.tables import Config, aggregate, build, p_value, prepare
+from repro.report.tables import Config, aggregate, build, p_value
 
-GNN = {"model": "DeepGCN", "hid": 32, "epochs": 200}
+GNN = {"model": "DeepGCN", "hid": 32, "epochs": 200, "extra": {"experiment": "gnn"}}
+CONTRANORM = {"method": "ContraNorm s=1 + LayerNorm", "order": [10, 0, 1, 1], "scale": 1.0}
 
 
 @pytest.fixture
@@ -57,7 +58,9 @@ def test_p_values_are_welch_s_on_the_raw_numbers(a, b):
     assert p_value(*summaries) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("other", [(0.5, None, 5), (0.5, 0.1, None), (0.5, float("nan"), 5), (0.5, 0.1, 1)])
+@pytest.mark.parametrize(
+    "other", [(0.5, None, 5), (0.5, 0.1, None), (0.5, float("nan"), 5), (0.5, 0.1, 1), (0.5, 0.0, 5)]
+)
 def test_there_is_no_p_value_without_a_spread_on_both_sides(other):
     assert p_value((0.4, 0.1, 5), other) is None and p_value(other, (0.4, 0.1, 5)) is None
     assert p_value((0.4, 0.0, 5), (0.4, 0.0, 5)) is None
@@ -65,30 +68,30 @@ def test_there_is_no_p_value_without_a_spread_on_both_sides(other):
 
 def test_mean_std_and_n_of_each_cell(write_records, table):
     values = {("cora", 2): [0.81, 0.82, 0.835], ("cora", 4): [0.7, 0.72], ("dblp", 2): [0.5]}
-    for (data, nlayer), accuracies in values.items():
-        folder = write_records(accuracies, data=data, nlayer=nlayer)
-    text = table(folder, "--columns", "nlayer")
+    for (data, depth), accuracies in values.items():
+        folder = write_records(accuracies, data=data, depth=depth)
+    text = table(folder, "--columns", "depth")
     rows = {row["data"]: row for row in cells_of(text)}
-    for (data, nlayer), accuracies in values.items():
-        shown = rows[data][f"nlayer {nlayer}"]
+    for (data, depth), accuracies in values.items():
+        shown = rows[data][f"depth {depth}"]
         expected = f"{100 * np.mean(accuracies):.2f}"
         if len(accuracies) > 1:
             expected += f" ± {100 * np.std(accuracies, ddof=1):.2f}"
         assert shown == f"{expected} ({len(accuracies)})"
-    assert rows["dblp"]["nlayer 4"] == ""  # a cell without runs is empty
+    assert rows["dblp"]["depth 4"] == ""  # a cell without runs is empty
     assert "6 runs, seeds 0, 1, 2" in text and "protocol: p" in text and "reported: last epoch" in text
 
 
 def test_depths_are_ordered_as_numbers(write_records, table):
-    for nlayer in (16, 2, 4):
-        folder = write_records([0.5], data="cora", nlayer=nlayer)
-    header = table(folder, "--columns", "nlayer").splitlines()[2]
-    assert [int(n) for n in re.findall(r"nlayer (\d+)", header)] == [2, 4, 16]
+    for depth in (16, 2, 4):
+        folder = write_records([0.5], data="cora", depth=depth)
+    header = table(folder, "--columns", "depth").splitlines()[2]
+    assert [int(n) for n in re.findall(r"depth (\d+)", header)] == [2, 4, 16]
 
 
 def test_fractions_or_percent_and_where(write_records, table):
-    folder = write_records([0.5, 0.7], data="cora", nlayer=2)
-    write_records([0.1, 0.2], data="dblp", nlayer=2)
+    folder = write_records([0.5, 0.7], data="cora", depth=2)
+    write_records([0.1, 0.2], data="dblp", depth=2)
     text = table(folder, "--no_percent", "--where", "{data: cora}")
     assert "0.6000 ± 0.1414 (2)" in text and "dblp" not in text and "in %" not in text
     for wrong in ("{data: pubmed}", "{colour: red}"):
@@ -100,18 +103,18 @@ def test_fractions_or_percent_and_where(write_records, table):
 
 
 def test_csv_and_latex_hold_the_same_cells(write_records, table, tmp_path):
-    for nlayer in (2, 4):
-        folder = write_records([0.81, 0.82], data="co_ra", nlayer=nlayer)
-    expected = [{"data": "co_ra", "nlayer 2": "81.50 ± 0.71 (2)", "nlayer 4": "81.50 ± 0.71 (2)"}]
-    assert cells_of(table(folder, "--columns", "nlayer")) == expected
-    assert cells_of(table(folder, "--columns", "nlayer", "--format", "csv")) == expected
-    latex = table(folder, "--columns", "nlayer", "--format", "latex")
+    for depth in (2, 4):
+        folder = write_records([0.81, 0.82], data="co_ra", depth=depth)
+    expected = [{"data": "co_ra", "depth 2": "81.50 ± 0.71 (2)", "depth 4": "81.50 ± 0.71 (2)"}]
+    assert cells_of(table(folder, "--columns", "depth")) == expected
+    assert cells_of(table(folder, "--columns", "depth", "--format", "csv")) == expected
+    latex = table(folder, "--columns", "depth", "--format", "latex")
     assert r"co\_ra & 81.50 $\pm$ 0.71 (2) & 81.50 $\pm$ 0.71 (2) \\" in latex
     assert latex.count(r"\begin{tabular}{lll}") == latex.count(r"\end{tabular}") == 1
     for line in latex.split(r"\begin")[0].splitlines():
         assert line == "" or line.startswith("% ")
     output = tmp_path / "deep" / "table.md"
-    assert table(folder, "--output", str(output), "--columns", "nlayer") == output.read_text()
+    assert table(folder, "--output", str(output), "--columns", "depth") == output.read_text()
 
 
 # -- what is not comparable ------------------------------------------------------------------------------------------
@@ -203,26 +206,29 @@ def test_wrong_names_are_told_with_those_there_are(write_records, table):
 def test_the_scale_is_chosen_by_validation_also_where_test_says_otherwise(write_records, table):
     for scale, validation, test in [(0.2, 0.6, 0.9), (0.5, 0.8, 0.5), (1.0, 0.7, 0.7)]:
         runs = [{"validation_accuracy": validation + e, "test_accuracy": test + e} for e in (-0.01, 0.01)]
-        folder = write_records(runs, data="cora", norm_mode="CN", norm_scale=scale, use_layer_norm=True)
-    text = table(folder, "--best", "norm_scale", "--by", "validation_accuracy", rows="data,norm_mode")
-    assert "50.00 ± 1.41 (2) [0.5] |" in text and "90.00" not in text
-    assert "in brackets: norm_scale chosen per cell by the highest mean validation_accuracy" in text
-    write_records(runs, data="cora", norm_mode="None", norm_scale=None, use_layer_norm=False)
-    text = table(folder, "--best", "norm_scale", "--by", "validation_accuracy", rows="data,norm_mode")
-    assert [row["mean ± std (n)"] for row in cells_of(text)] == ["70.00 ± 1.41 (2)", "50.00 ± 1.41 (2) [0.5]"]
-    with pytest.raises(UserError, match="mixes norm_scale"):
-        table(folder, rows="data,norm_mode")
+        folder = write_records(runs, data="cora", method=f"CN s={scale:g}", scale=scale, order=[1, scale])
+    for rows, first in (("data,method", "CN"), ("data,family", "CN"), ("data", "cora")):
+        text = table(folder, "--best", "scale", "--by", "validation_accuracy", rows=rows)
+        assert "50.00 ± 1.41 (2) [0.5] |" in text and "90.00" not in text and f"| {first} " in text
+    assert "in brackets: scale chosen per cell by the highest mean validation_accuracy" in text
+    write_records(runs, data="cora", method="vanilla", order=[0])
+    text = table(folder, "--best", "scale", "--by", "validation_accuracy", rows="data,method")
+    assert [(row["family"], row["mean ± std (n)"]) for row in cells_of(text)] == [
+        ("vanilla", "70.00 ± 1.41 (2)"), ("CN", "50.00 ± 1.41 (2) [0.5]")
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="mixes scale"):
+        table(folder, "--where", "{family: CN}", rows="data,family")
 
 
 def test_choosing_by_test_is_refused(write_records, table):
-    folder = write_records([0.5], data="cora", norm_scale=1.0)
+    folder = write_records([0.5], data="cora", scale=1.0)
     with pytest.raises(UserError, match="--by test_accuracy: .*name a validation metric"):
-        table(folder, "--best", "norm_scale", "--by", "test_accuracy")
-    for flags in (["--best", "norm_scale"], ["--by", "validation_accuracy"]):
+        table(folder, "--best", "scale", "--by", "test_accuracy")
+    for flags in (["--best", "scale"], ["--by", "validation_accuracy"]):
         with pytest.raises(UserError, match="belong together"):
             table(folder, *flags)
     with pytest.raises(UserError, match="--by validation: no record has"):
-        table(folder, "--best", "norm_scale", "--by", "validation")
+        table(folder, "--best", "scale", "--by", "validation")
 
 
 # -- the paper's tables ------------------------------------------------------------------------------------------------
@@ -230,94 +236,149 @@ def test_choosing_by_test_is_refused(write_records, table):
 
 def test_table_3_sets_the_reference_code_beside_ours(write_records, table):
     ours = [0.745, 0.75, 0.74]
-    norm = {"norm_mode": "CN", "norm_scale": 1.0, "use_layer_norm": True}
-    folder = write_records(ours, data="cora", nlayer=8, **GNN, **norm, protocol="reference")
-    write_records([0.12, 0.13], data="cora", nlayer=8, **GNN, norm_mode="None", norm_scale=None, use_layer_norm=False,
-                  protocol="reference")  # fmt: skip
-    write_records([0.5], data="dblp", nlayer=8, **GNN, **norm, protocol="reference")
+    folder = write_records(ours, data="cora", depth=8, **GNN, **CONTRANORM, protocol="reference")
+    write_records([0.12, 0.13], data="cora", depth=8, **GNN, method="vanilla", order=[0], protocol="reference")
+    write_records([0.5], data="dblp", depth=8, **GNN, **CONTRANORM, protocol="reference")
     text = table(folder, "--preset", "table3", rows="")
-    rows = cells_of(text)
-    assert [row["norm"] for row in rows] == ["None", "CN s=1 + LayerNorm", "CN s=1 + LayerNorm"]
-    (line,) = [x for x in text.splitlines() if "CN" in x and "cora" in x and "74.30" in x]
+    assert [row["method"] for row in cells_of(text)] == ["vanilla", *["ContraNorm s=1 + LayerNorm"] * 2]
+    (line,) = [x for x in text.splitlines() if "ContraNorm" in x and "cora" in x and "74.30" in x]
     (entry,) = [
         e for e in published.load_entries()
-        if e.kind == "reference-run" and e.match.get("norm_mode") == "CN" and e.match["nlayer"] == 8
+        if e.kind == "reference-run" and e.match["method"] == [CONTRANORM["method"]] and e.match["depth"] == 8
     ]  # fmt: skip
     p = p_value((np.mean(ours), np.std(ours, ddof=1), 3), (entry.mean, entry.std, entry.n))
     assert "74.30 ± 0.31 (5)" in line and "74.50 ± 0.50 (3)" in line and "+0.20" in line and f"{p:.2g}" in line
     assert "dblp" not in text.split("reference code as run")[1]
-    write_records(ours, data="cora", nlayer=8, **GNN, **norm, protocol="standard", folder="standard")
+    write_records(ours, data="cora", depth=8, **GNN, **CONTRANORM, protocol="standard", folder="standard")
     runs = [{"test_accuracy": v, "validation_accuracy": v} for v in ours]
-    write_records(runs, data="cora", nlayer=8, **GNN, **norm, protocol="reference", folder="chosen")
-    flags = "--preset table3 --rows data,norm_mode,use_layer_norm --best norm_scale --by validation_accuracy".split()
+    write_records(runs, data="cora", depth=8, **GNN, **CONTRANORM, protocol="reference", folder="chosen")
+    flags = "--preset table3 --best scale --by validation_accuracy".split()
     chosen = table(str(folder).replace("runs", "chosen"), *flags, rows="")
-    assert "norm_scale" in chosen.split("reference code as run")[0].splitlines()[-1] and "(3) [1.0]" in chosen
+    assert "scale" in chosen.split("published")[0].splitlines()[-1] and "(3) [1.0]" in chosen
+    assert "74.01 †" in chosen and "74.30 ± 0.31 (5)" in chosen
     other = table(str(folder).replace("runs", "standard"), "--preset", "table3", rows="")
-    assert "reference code as run" not in other  # another protocol is another number
+    assert "published" not in other and "reference code as run" not in other  # another protocol is another number
+
+
+def comparison(text):
+    """The second table of the text, as `cells_of`."""
+    return cells_of("|" + text.split("\n\n|", 2)[2])
+
+
+def test_table_3_of_the_committed_records_has_a_published_number_wherever_there_is_one(table, root):
+    text = table(str(root / "results/table3_cora/records.jsonl"), "--preset", "table3", rows="")
+    rows = {(row["method"], int(row["depth"])): row for row in comparison(text)}
+    expected = {
+        "vanilla": ("81.75", "72.61", "17.71"),
+        "vanilla + LayerNorm": ("79.96 ‡", "77.45 ‡", "39.09 ‡"),
+        "PN-SI": ("75.32 §", "72.64 §", "71.86 §"),
+    }
+    expected |= {f"ContraNorm s={s} + LayerNorm": ("79.75 ‖", "77.02 ‖", "74.01 ‖") for s in ("0.2", "0.5", "0.8", "1")}
+    found = {key: row["published"] for key, row in rows.items() if row["published"]}
+    assert found == {
+        (m, d): value for m, values in expected.items() for d, value in zip((2, 4, 8), values, strict=True)
+    }
+    for mark, note in (
+        ("‡", "inference: that the published LayerNorm is the vanilla network"),
+        ("§", "inference: that the published PairNorm is PN-SI"),
+        ("‖", "at a scale that it chose"),
+    ):
+        assert re.search(rf"^- {mark} .*{note}", text, re.MULTILINE), note
+    assert "gnn/visualization.py" in text.split("- published: ")[1]
+    assert all(any(row[name] for row in rows.values()) for name in next(iter(rows.values())))
 
 
 GLUE = "cola,mnli,mrpc,qnli,qqp,rte,sst2,stsb".split(",")
 
 
 def write_glue(write_records, tasks, score):
-    for norm, scale in (("none", None), ("ContraNorm", 0.01), ("ContraNorm", 0.1)):
+    for method, scale in (("vanilla", None), ("ContraNorm s=0.01", 0.01), ("ContraNorm s=0.1", 0.1)):
         for number, task in enumerate(tasks):
             folder = write_records(
-                [{"score": score(norm, scale, number, seed)} for seed in (0, 1)], protocol="GLUE validation set",
-                extra={"model": "bert-base-uncased", "task": task, "norm": norm},
-                model_name_or_path="bert-base-uncased", task_name=task, scale=scale,
+                [{"score": score(method, scale, number, seed)} for seed in (0, 1)], protocol="GLUE validation set",
+                extra={"experiment": "BERT_glue"}, model="bert-base-uncased", data=task, method=method, scale=scale,
+                order=[1, scale] if scale else [0],
             )  # fmt: skip
     return folder
 
 
 def test_table_1_prints_the_average_over_tasks_beside_the_published_one(write_records, table):
-    def score(norm, scale, number, seed):
+    def score(method, scale, number, seed):
         best = {None: 0.0, 0.01: 0.05 if number % 2 else 0.02, 0.1: 0.02 if number % 2 else 0.05}[scale]
         return 0.5 + 0.01 * number + best + 0.004 * seed
 
     folder = write_glue(write_records, [*GLUE, "wnli"], score)
     text = table(folder, "--preset", "table1", "--best", "scale", "--by", "score", rows="")
     none, contra = cells_of(text)
-    assert list(none) == ["model", "norm", *(f"task {t}" for t in [*GLUE, "wnli"]), "task average"]
+    assert list(none) == ["model", "family", *(f"data {t}" for t in [*GLUE, "wnli"]), "data average"]
     averages = [0.5 + 0.035, 0.504 + 0.035]  # of the eight tasks, per seed: the ninth is not in the paper's
-    assert none["task average"] == f"{100 * np.mean(averages):.2f} ± {100 * np.std(averages, ddof=1):.2f} (2)"
-    assert contra["task average"] == f"{100 * np.mean(averages) + 5:.2f} ± {100 * np.std(averages, ddof=1):.2f} (2)"
+    assert none["data average"] == f"{100 * np.mean(averages):.2f} ± {100 * np.std(averages, ddof=1):.2f} (2)"
+    assert contra["data average"] == f"{100 * np.mean(averages) + 5:.2f} ± {100 * np.std(averages, ddof=1):.2f} (2)"
     beside = text.split("\n\n")[2]
     assert "82.59" in beside and "83.54" in beside and beside.count("average") == 2
+    assert "82.51 †" in beside and "† the mean over nine columns" in text
+
+
+def test_a_cell_without_a_published_score_shows_the_metric_that_was_published(write_records, table):
+    runs = [{"score": 0.85, "accuracy": 0.8, "f1": 0.9}, {"score": 0.87, "accuracy": 0.82, "f1": 0.92}]
+    for data, values in (("mrpc", runs), ("rte", [{"score": 0.7, "accuracy": 0.7}])):
+        folder = write_records(values, extra={"experiment": "BERT_glue"}, model="albert-base-v2", data=data,
+                               method="ContraNorm s=0.01", scale=0.01, order=[1])  # fmt: skip
+    rows = comparison(table(folder, "--preset", "table1", rows=""))
+    assert [(r["data"], r["metric"], r["re-run by others"], r["ours"], r["difference"]) for r in rows] == [
+        ("rte", "accuracy", "78.70 †", "70.00 (1)", "-8.70"), ("mrpc", "f1", "92.83 †", "91.00 ± 1.41 (2)", "-1.83")
+    ]  # fmt: skip
+    assert "published" not in rows[0] and "p (Welch)" not in rows[0]
 
 
 def test_an_average_over_fewer_tasks_says_so_and_has_no_published_number_beside_it(write_records, table):
     folder = write_glue(write_records, ["rte", "mrpc"], lambda *a: 0.5 if a[2] else 0.7)
     text = table(folder, "--preset", "table1", "--best", "scale", "--by", "score", rows="")
-    assert [row["task average of mrpc, rte"] for row in cells_of(text)] == ["60.00 ± 0.00 (2)"] * 2
+    assert [row["data average of mrpc, rte"] for row in cells_of(text)] == ["60.00 ± 0.00 (2)"] * 2
     assert "published" not in text
     folder = write_glue(write_records, ["rte"], lambda *a: 0.5)
-    text = table(folder.replace("mrpc", ""), "--preset", "table1", "--where", "{task: rte}", "--best", "scale", "--by",
+    text = table(folder.replace("mrpc", ""), "--preset", "table1", "--where", "{data: rte}", "--best", "scale", "--by",
                  "score", rows="")  # fmt: skip
     assert "average" not in text
 
 
 def test_table_2_shows_every_scale_beside_the_vanilla_model(write_records, table):
-    for norm, scale, accuracy in (("contra", 0.2, 0.8), ("layer", None, 0.7), ("contra", 0.1, 0.75)):
-        folder = write_records([accuracy], data_set="IMNET100", model="deit_tiny_patch16_224", norm=norm, scale=scale,
-                               depth=24, epochs=300)  # fmt: skip
+    for method, scale, accuracy in (
+        ("ContraNorm s=0.2", 0.2, 0.8),
+        ("vanilla", None, 0.7),
+        ("ContraNorm s=0.1", 0.1, 0.75),
+    ):
+        folder = write_records([accuracy], data="IMNET100", model="deit_tiny_patch16_224", method=method, scale=scale,
+                               order=[1, scale] if scale else [0], depth=24, epochs=300,
+                               extra={"experiment": "ViT_imagenet"})  # fmt: skip
     text = table(folder, "--preset", "table2", rows="")
-    assert [(r["norm"], r["scale"], r["depth 24"]) for r in cells_of(text)] == [
-        ("layer", "", "70.00 (1)"), ("contra", "0.1", "75.00 (1)"), ("contra", "0.2", "80.00 (1)")
+    assert [(r["method"], r["depth 24"]) for r in cells_of(text)] == [
+        ("vanilla", "70.00 (1)"), ("ContraNorm s=0.1", "75.00 (1)"), ("ContraNorm s=0.2", "80.00 (1)")
     ]  # fmt: skip
-    assert "76.76" in text and "81.28" in text and "-6.76" in text
+    rows = comparison(text)
+    assert [(r["published"], r["re-run by others"], r["difference"]) for r in rows] == [
+        ("76.76", "76.76", "-6.76"), ("81.28 †", "78.12 †", "-6.28"), ("81.28 †", "78.12 †", "-1.28")
+    ]  # fmt: skip
+
+
+def test_places_of_records_may_come_first_and_a_wrong_one_is_said_first(write_records, table, tmp_path, capsys):
+    folder = write_records([0.5], data="cora")
+    other = write_records([0.6], data="dblp", folder="other")
+    tables.main([folder, other, "--rows", "data", "--metric", "test_accuracy"])
+    assert [row["data"] for row in cells_of(capsys.readouterr().out)] == ["cora", "dblp"]
+    with pytest.raises(UserError, match="no record.json or records.jsonl there"):
+        tables.main([str(tmp_path / "nowhere")])
 
 
 def test_aggregate_agrees_with_a_loop_over_records(write_records):
     rng = np.random.default_rng(0)
     values = {(d, n): rng.random(int(rng.integers(1, 5))).tolist() for d in "abc" for n in (2, 4)}
-    for (data, nlayer), numbers in values.items():
-        folder = write_records(numbers, data=data, nlayer=nlayer)
-    frame, settings = prepare(load_records(folder))
-    found = aggregate(frame, ["data", "nlayer"], "test_accuracy", settings)
+    for (data, depth), numbers in values.items():
+        folder = write_records(numbers, data=data, depth=depth)
+    found = aggregate(load_records(folder), ["data", "depth"], "test_accuracy")
     assert len(found) == len(values)
     for _, cell in found.iterrows():
-        numbers = values[cell["data"], cell["nlayer"]]
+        numbers = values[cell["data"], cell["depth"]]
         assert cell["mean"] == pytest.approx(sum(numbers) / len(numbers)) and cell["n"] == len(numbers)
         if len(numbers) > 1:
             assert cell["std"] == pytest.approx(np.std(numbers, ddof=1))

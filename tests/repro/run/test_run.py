@@ -18,23 +18,24 @@ import pytest
 import torch
 
 from repro import checkpoint
+from repro.config import CellLabel, RunConfig
 from repro.errors import Interrupted, UserError, run_main
 from repro.report.records import comparable, load_records
 from repro.run import run as run_module
 from repro.run.run import Run
 
 
-@dataclass
-class Config:
-    output_dir: str
-    seed: int = 0
+@dataclass(kw_only=True)
+class Config(RunConfig):
     rate: float = 0.5
-    data_root: str = "data"
+
+    def label(self):
+        return CellLabel(data="d", model="m", method="vanilla", depth=2)
 
 
 @pytest.fixture
 def config(tmp_path):
-    return Config(output_dir=str(tmp_path / "run"))
+    return Config(output_dir=str(tmp_path / "run"), data_root="data")
 
 
 def open_run(config, **settings):
@@ -60,7 +61,10 @@ def test_a_run_from_start_to_record(config, capsys):
     assert lines(config) == [{"epoch": 1, "loss": 0.25, "many": [0, 1], "nan": "nan"}]
     assert json.loads((folder / "record.json").read_text()) == record
     assert record["metrics"] == {"accuracy": 0.5, "loss": "inf", "nan": "nan"}
-    assert record["config"] == {"output_dir": config.output_dir, "seed": 0, "rate": 0.5, "data_root": "data"}
+    places = {"output_dir": config.output_dir, "data_root": "data", "report_to": "none"}
+    assert record["config"] == places | {"seed": 0, "rate": 0.5}
+    cell = {"data": "d", "model": "m", "method": "vanilla", "order": [0], "depth": 2, "scale": None}
+    assert record["cell"] == cell and record["execution_fields"] == ["output_dir", "data_root", "report_to"]
     assert record["seed"] == 0 and record["seconds"] >= 0 and record["peak_rss_mb"] > 10
     assert record["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
     assert sorted(p.name for p in folder.iterdir()) == ["args.yaml", "env.json", "lock", "metrics.jsonl", "record.json"]
@@ -98,7 +102,7 @@ def test_resuming_cuts_the_log_back_and_adds_the_seconds(config, capsys):
         assert run.seconds >= spent >= 0.05
         assert finish(run, accuracy=1.0)["seconds"] >= 0.05
     assert [line["epoch"] for line in lines(config)] == [1, 2, 3, 4]
-    assert "going on from step 2" in capsys.readouterr().out
+    assert "resuming from step 2" in capsys.readouterr().out
 
 
 def test_started_over_the_log_is_empty(config):
@@ -254,3 +258,35 @@ def test_equal_runs_have_equal_records_but_for_the_circumstances(config, tmp_pat
             records.append(finish(run, accuracy=0.25))
     assert comparable(records[0]) == comparable(records[1])
     assert comparable(records[0])["metrics"] == {"accuracy": 0.25}
+
+
+def test_several_processes_leave_at_the_step_they_agree_on(config, monkeypatch):
+    answers = iter([False, True])
+    monkeypatch.setattr(run_module, "any_process", lambda flag: next(answers))
+    with pytest.raises(Interrupted) as left, open_run(config) as run:
+        assert not run.agree_to_stop()
+        os.kill(os.getpid(), signal.SIGUSR2)  # too late for this step: the others know nothing of it
+        run.checkpoint(1, {})
+        assert run.agree_to_stop()
+        run.checkpoint(2, {})
+    assert left.value.code == 128 + signal.SIGUSR2
+
+
+def test_a_process_without_a_signal_leaves_with_the_others(config, monkeypatch):
+    monkeypatch.setattr(run_module, "any_process", lambda flag: True)
+    with pytest.raises(Interrupted) as left, open_run(config) as run:
+        assert run.agree_to_stop() and not run.stop_requested
+        run.checkpoint(1, {})
+    assert left.value.code == 128 + signal.SIGTERM
+
+
+def test_any_process_asks_them_all(tmp_path):
+    program = (
+        "import os, sys, torch.distributed as dist\nfrom repro.run.track import any_process\nrank = int(sys.argv[1])\n"
+        "alone = any_process(True), any_process(False)\n"
+        "dist.init_process_group('gloo', init_method=f'file://{sys.argv[2]}', rank=rank, world_size=2)\n"
+        "print(*alone, any_process(rank == 1), any_process(False), flush=True)\ndist.barrier()\nos._exit(0)"
+    )
+    command = [sys.executable, "-c", program]
+    started = [subprocess.Popen([*command, str(r), str(tmp_path / "s")], stdout=subprocess.PIPE) for r in (0, 1)]
+    assert [process.communicate(timeout=120)[0] for process in started] == [b"True False True False\n"] * 2

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from repro.errors import UserError
 from repro.sweep import cell as cells
 from repro.sweep import sweep
-from repro.sweep.cell import make_cell, read_cells, slug, status
+from repro.sweep.cell import canonical, make_cell, read_cells, slug
+from repro.sweep.status import status
 
 
-def start(lines, results, *flags, cluster="none"):
+def start(lines, results, *flags, cluster="local"):
     """A sweep in a process (and group) of its own."""
     process = subprocess.Popen(
         [sys.executable, "-m", "repro.sweep", "--results", str(results), "--cluster", cluster, *flags],
@@ -192,13 +193,6 @@ def test_cells_share_the_cores(experiment, run_sweep, tmp_path, monkeypatch):
     assert json.loads(record.read_text())["config"]["threads"] == "2"
 
 
-def test_submitit_runs_the_same_lines(experiment, run_sweep, capsys):
-    lines = [experiment.line("a"), experiment.line("b", do="fail"), experiment.line("c")]
-    assert run_sweep(lines, "--jobs", "3", cluster="local") == 1
-    assert sorted(experiment.noted("finished")) == ["a", "c"]
-    assert "last line: boom: the last line of b" in capsys.readouterr().err
-
-
 # -- killed, stopped, and beside each other ----------------------------------------------------------------------------
 
 
@@ -226,7 +220,7 @@ def test_a_killed_cell_is_told_and_run_again(experiment, run_sweep, tmp_path, ca
     os.kill(int(experiment.noted("pids")[0]), signal.SIGKILL)
     killed.communicate()
     wait_until(lambda: status(make_cell(line, tmp_path / "results")).state == "failed")
-    assert "died without a word" in status(make_cell(line, tmp_path / "results")).told
+    assert "exited without a status" in status(make_cell(line, tmp_path / "results")).message
     Path(experiment.script).write_text(Path(experiment.script).read_text().replace("time.sleep", "float"))
     assert run_sweep([line]) == 0
     assert experiment.noted("starts") == ["a", "a"] and experiment.noted("finished") == ["a"]
@@ -243,12 +237,12 @@ def test_two_sweeps_over_one_folder_run_no_cell_twice(experiment, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("cluster", "signum", "code"),
-    [("none", signal.SIGINT, 130), ("local", signal.SIGINT, 130), ("none", signal.SIGTERM, 143)],
+    ("signum", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143)],
 )
-def test_ctrl_c_stops_the_cells_which_save_and_are_gone(experiment, tmp_path, cluster, signum, code):
+def test_ctrl_c_stops_the_cells_which_save_and_are_gone(experiment, tmp_path, signum, code):
     lines = [experiment.line(name, do="stop", sleep=60) for name in "abc"]
-    process = start(lines, tmp_path / "results", "--jobs", "2", cluster=cluster)
+    process = start(lines, tmp_path / "results", "--jobs", "2")
     wait_until(lambda: len(experiment.noted("pids")) == 2)
     time.sleep(0.1)
     process.send_signal(signum)
@@ -258,3 +252,57 @@ def test_ctrl_c_stops_the_cells_which_save_and_are_gone(experiment, tmp_path, cl
     assert sorted(experiment.noted("saved")) == sorted(experiment.noted("starts")) == ["a", "b"]
     states = [status(cell).state for cell in sweep.known_cells(tmp_path / "results")]
     assert states == ["interrupted", "interrupted", "waiting"]
+
+
+# -- records of other sweeps -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "python -m gnn.main --nlayer 8 --norm_scale 1 --probe --seed 0",
+        "/usr/bin/python3.11 -W ignore -X dev -m gnn.main --seed=0 --norm-scale=1.0 --nlayer 8.0 --probe=true",
+        "python -u -m gnn.main --output_dir a --data-root d --nlayer 8 --probe True --seed 0 --norm_scale 1e0",
+        "python -m gnn.main --device cuda --no_probe --nlayer 4 --nlayer 8 --norm_scale 1 --seed 0 --probe",
+    ],
+)
+def test_one_command_in_several_spellings(other):
+    assert canonical("python -m gnn.main --nlayer 8 --norm_scale 1 --seed 0 --probe") == canonical(other)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "python -m gnn.main --nlayer 8 --seed 1", "python -m gnn.main --nlayer 8",
+        "python gnn.main --nlayer 8 --seed 0", "python -c gnn.main --nlayer 8 --seed 0",
+        "python -m gnn.main --nlayer 8 --seed 0 --probe", "python -m gnn.main --nlayer -8 --seed 0",
+        "torchrun -m gnn.main --nlayer 8 --seed 0", "python -m vit.main --nlayer 8 --seed 0",
+    ],
+)  # fmt: skip
+def test_other_commands_stay_apart(other):
+    assert canonical("python -m gnn.main --nlayer 8 --seed 0") != canonical(other)
+
+
+def test_cells_with_a_committed_record_are_done(experiment, run_sweep, tmp_path, capsys):
+    head = f"python -S {experiment.script}"
+    base = {"experiment": "fake", "protocol": "p", "selection": "last epoch", "metrics": {}, "config": {}}
+    records = [
+        base | {"seed": 0, "command": f"{head} --seed 0 --sleep=0 --name a --output_dir elsewhere"},
+        base | {"seed": 1, "command": f"{head} --name b --sleep 0.0 --seeds 0,1"},
+        base | {"seed": 2, "command": "python 'unbalanced"},
+    ]
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = [experiment.line(name, sleep=0, seed=seed) for name, seed in (("a", 0), ("b", 1), ("b", 2))]
+    assert run_sweep(lines, "--records", str(path), "--dry_run") == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told] == ["done", "done", "waiting"]
+    assert f"recorded in {path}:1" in told[0] and f"recorded in {path}:2" in told[1]
+    assert run_sweep(lines, "--records", f"[{path}]") == 0
+    assert experiment.noted("starts") == ["b"]
+    assert len(sweep.known_cells(tmp_path / "results")) == 1  # the others are no work of this folder
+    assert run_sweep(lines, "--records", str(path), "--status") == 0
+    told = capsys.readouterr().out
+    assert "3 done, 0 running" in told and told.count("recorded in") == 2
+    with pytest.raises(UserError, match="no record"):
+        run_sweep(lines, "--records", str(tmp_path / "nowhere"))

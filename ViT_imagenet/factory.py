@@ -1,4 +1,4 @@
-"""What a run is made of: model, weights to start from, optimizer, schedule, loss."""
+"""What a run is made of: model, weights to start from, optimizer, schedule, Mixup, loss."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models.vision_transformer import checkpoint_filter_fn
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from contranorm import ContraNorm
 from repro.checkpoint import list_checkpoints, read_checkpoint
@@ -24,6 +26,8 @@ from repro.config import load_yaml
 from repro.errors import UserError
 from ViT_imagenet.config import FUSED_OPTIMIZERS, Config
 from ViT_imagenet.models import SUFFIX, contra_norm_sites
+
+SAME_SWITCHES = ("tau", "identity", "axis", "symmetric", "pre_norm", "learnable", "positive")  # what weights go with
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
@@ -33,35 +37,25 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         UserError: unknown name, input size that the patch size does not divide, ContraNorm not where it should be.
     """
     name = config.model.removesuffix(SUFFIX)
-    if config.norm == "layer" and name != config.model:
-        raise UserError(f"--model {config.model} has ContraNorm, --norm layer has none: drop one of the two")
-    if config.norm == "contra":
-        name += SUFFIX
-    if not timm.is_model(name):
-        known = ", ".join(sorted(n.removesuffix(SUFFIX) for n in timm.list_models(f"deit_*{SUFFIX}")))
-        raise UserError(f"--model {config.model}: not known with --norm {config.norm}; there are {known}")
-    size = config.input_size or side_of(name)
-    patch = int(re.search(r"patch(\d+)", name).group(1)) if "patch" in name else 1  # type: ignore[union-attr]
-    if size % patch:
-        raise UserError(f"--input-size {size} is not a multiple of the patch size {patch} of {name}")
+    if config.norm == "vanilla" and name != config.model:
+        raise UserError(f"--model {config.model} has ContraNorm, --norm vanilla has none: drop one of the two")
     settings: dict[str, Any] = {}
     if config.norm == "contra":
-        settings = {
-            "scale": config.scale,
-            "tau": config.temp,
-            "identity": config.identity,
-            "symmetric": config.dual_norm,
-            "contra_pre_norm": config.pre_norm,
-            "learnable": config.learnable,
-            "positive": config.positive,
-            "last_norm": config.last_norm,
-        }
+        name += SUFFIX
+        settings = {"scale": config.scale, **config.switches(), "last_norm": config.last_norm}
+        settings["contra_pre_norm"] = settings.pop("pre_norm")
+    if not timm.is_model(name):
+        known = ", ".join(n.removesuffix(SUFFIX) for n in timm.list_models(f"deit_*{SUFFIX}"))
+        raise UserError(f"--model {config.model}: not known with --norm {config.norm}; there are {known}")
+    patch = int(found[1]) if (found := re.search(r"patch(\d+)", name)) else 1
+    if config.input_size and config.input_size % patch:
+        raise UserError(f"--input-size {config.input_size} is not a multiple of the patch size {patch} of {name}")
     try:
         model: nn.Module = timm.create_model(
             name,
             pretrained=config.pretrained and not config.reset_head,
             num_classes=num_classes,
-            img_size=size,
+            img_size=config.input_size,
             depth=config.depth,
             drop_rate=config.drop,
             drop_path_rate=config.drop_path,
@@ -73,15 +67,9 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     return model
 
 
-def side_of(name: str) -> int:
-    """Image side that a model was made for."""
-    cfg = timm.get_pretrained_cfg(name)
-    return int(cfg.input_size[-1]) if cfg else 224
-
-
 def _check_sites(model: nn.Module, config: Config) -> None:
     """What was asked for is what was built: two norms a block, and the final one."""
-    expected = 0 if config.norm == "layer" else 2 * config.depth + (config.last_norm == "contra")
+    expected = 0 if config.norm == "vanilla" else 2 * config.depth + (config.last_norm == "contra")
     sites = contra_norm_sites(model)
     if len(sites) != expected:
         raise UserError(f"--model {config.model} has {len(sites)} ContraNorm sites, {expected} were asked for")
@@ -132,7 +120,7 @@ def read_state(path: str) -> dict[str, Any]:
         return dict(_read_newest(Path(path)))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--resume {path}: no checkpoint to go on from ({error}); finished runs keep only weights, for --finetune"
+            f"--resume {path}: no checkpoint to resume from ({error}); finished runs keep only weights, for --finetune"
         ) from error
 
 
@@ -178,8 +166,7 @@ def check_same_model(config: Config) -> None:
     if not written.exists():
         return
     theirs = load_yaml(written)
-    fields = ("model", "depth", "norm", "scale", "temp", "identity", "dual_norm", "pre_norm", "learnable", "last_norm")
-    for name in fields:
+    for name in ("model", "depth", "norm", "last_norm", "scale", *SAME_SWITCHES):
         if theirs.get(name) != getattr(config, name):
             raise UserError(
                 f"--resume {config.resume} was trained with {name}={theirs.get(name)!r}, not {getattr(config, name)!r}"
@@ -197,8 +184,8 @@ def check_fit(model: nn.Module, weights: dict[str, torch.Tensor], path: str) -> 
         )
     odd = [k for k in {**mine, **weights} if k not in mine or k not in weights or mine[k].shape != weights[k].shape]
     if odd:
-        told = [tuple(d[odd[0]].shape) if odd[0] in d else "missing" for d in (weights, mine)]
-        raise UserError(f"{path} does not fit the model: {odd[0]} is {told[0]} there, {told[1]} here")
+        shapes = [tuple(d[odd[0]].shape) if odd[0] in d else "missing" for d in (weights, mine)]
+        raise UserError(f"{path} does not fit the model: {odd[0]} is {shapes[0]} there, {shapes[1]} here")
 
 
 def build_optimizer(model: nn.Module, config: Config, effective_batch: int) -> torch.optim.Optimizer:
@@ -238,8 +225,90 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: Config, steps_per_
     return scheduler
 
 
-def base_loss(config: Config) -> nn.Module:
-    """Cross-entropy against what the batch carries: mixed targets, smoothed labels, or labels."""
+def build_mixup(config: Config, num_classes: int) -> Mixup | None:
+    """Mixup and CutMix from timm, or None when both are off."""
+    if not config.mixes:
+        return None
+    return Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        cutmix_minmax=config.cutmix_minmax,
+        prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+        mode=config.mixup_mode,
+        label_smoothing=config.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def build_loss(config: Config, model: nn.Module, num_classes: int) -> nn.Module:
+    """Cross-entropy against what the batch carries (mixed targets, smoothed labels, or labels), and distillation.
+
+    Raises:
+        UserError: distillation into a model without the token for it, a teacher that does not fit.
+    """
+    loss: nn.Module
     if config.mixes:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
+        loss = SoftTargetCrossEntropy()
+    else:
+        loss = LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
+    if config.distillation_type == "none":
+        return loss
+    if not hasattr(model, "set_distilled_training"):
+        raise UserError(f"--distillation_type needs a distilled model, {config.model} has no distillation token")
+    teacher = build_teacher(config, num_classes)
+    return DistillationLoss(loss, teacher, config.distillation_type, config.distillation_alpha, config.distillation_tau)
+
+
+class DistillationLoss(nn.Module):
+    """Distillation from a teacher (Touvron et al., ICML 2021) into the student's second token.
+
+    (1 - α)·base(logits, target) + α·distillation(logits of the distillation token, teacher).
+
+    Hard: cross-entropy with the teacher's most likely class. Soft: τ²·KL(teacher ‖ student) at temperature τ, the mean
+    over images (DeiT's code divides by the number of classes too, which all but switches it off at 1,000).
+
+    Args:
+        base: loss of the class token.
+        teacher: gives logits (B, C); not trained.
+        kind: "soft" or "hard".
+        alpha: share of the distillation.
+        tau: temperature of the soft kind.
+    """
+
+    def __init__(self, base: nn.Module, teacher: nn.Module, kind: str, alpha: float, tau: float) -> None:
+        super().__init__()
+        self.base = base
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.kind = kind
+        self.alpha = alpha
+        self.tau = tau
+
+    def forward(self, images: Tensor, outputs: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        """Loss of one batch; images (B, 3, H, W), outputs two (B, C), target (B,) or (B, C)."""
+        logits, distilled = outputs
+        with torch.no_grad():
+            taught = self.teacher(images).float()  # (B, C)
+        if self.kind == "hard":
+            second = F.cross_entropy(distilled.float(), taught.argmax(dim=1))
+        else:
+            student = F.log_softmax(distilled.float() / self.tau, dim=1)
+            second = self.tau**2 * F.kl_div(
+                student, F.log_softmax(taught / self.tau, dim=1), reduction="batchmean", log_target=True
+            )
+        return (1 - self.alpha) * self.base(logits, target) + self.alpha * second
+
+
+def build_teacher(config: Config, num_classes: int) -> nn.Module:
+    """The teacher of the config with its weights.
+
+    Raises:
+        UserError: unknown name, weights that do not fit, no weights.
+    """
+    if not timm.is_model(config.teacher_model):
+        raise UserError(f"--teacher_model {config.teacher_model}: timm has no such model")
+    if config.teacher_path is None:
+        raise UserError("--teacher_model needs --teacher_path: an untrained teacher teaches nothing")
+    teacher: nn.Module = timm.create_model(config.teacher_model, num_classes=num_classes)
+    load_weights(teacher, config.teacher_path, reset_head=False)
+    return teacher

@@ -1,4 +1,4 @@
-"""The same training with less work: rows of the embedding and tokens of the last block that nothing ever reads.
+"""The same training with less work: embedding rows and last-block tokens that nothing ever reads; cheap dropout.
 
 A GLUE task meets a fraction of the vocabulary. The other rows have a zero gradient in every step, so AdamW without
 weight decay never moves them: leaving them out of the gradient and of the optimizer changes no number.
@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from BERT_glue.config import Config
+from BERT_glue.dropout import use_cheap_dropout
 from BERT_glue.sites import FEED_FORWARD_SITES
+from repro.errors import UserError
 
 
 class UsedRows(nn.Module):
@@ -117,3 +120,27 @@ def skip_unread_tokens(model: PreTrainedModel) -> None:
         raise ValueError(reason)
     last = model.base_model.encoder.layer[-1]
     last.intermediate.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :1],))  # (B, N, D) → (B, 1, D)
+
+
+def apply_speedups(config: Config, model: PreTrainedModel, rows: list[Dataset], special: Iterable[int]) -> None:
+    """Leave out work that training does not need, as far as the settings allow.
+
+    Args:
+        config: with the switches; those that are not set are on where they change nothing.
+        model: changed in place.
+        rows: tokenized rows of all splits; none where nothing is trained.
+        special: the tokenizer's special tokens.
+
+    Raises:
+        UserError: asked for where it would change numbers.
+    """
+    reason = reads_all_tokens(model)
+    if config.skip_unread_tokens and reason:
+        raise UserError(f"--skip_unread_tokens: {reason}; leave the flag out")
+    if config.skip_unread_tokens is not False and not reason:
+        skip_unread_tokens(model)
+    on_cpu = not torch.accelerator.is_available()
+    if config.cheap_dropout or (config.cheap_dropout is None and on_cpu):
+        use_cheap_dropout(model)
+    if config.compact_embeddings and rows:
+        compact_embeddings(model, used_tokens(rows, special))

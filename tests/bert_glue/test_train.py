@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import BERT_glue as bg
-from BERT_glue import training
-from BERT_glue.data import TASKS
-from BERT_glue.run_glue_no_trainer import main as main_once
+import BERT_glue.train as training
+from BERT_glue.main import main as main_once
+from BERT_glue.metric import KEYS
+from BERT_glue.tasks import TASKS
 from repro.errors import Interrupted, UserError
 from repro.run.run import Run
 
@@ -54,7 +55,7 @@ def test_every_task_trains_and_reports_its_metrics(
     main(command(tmp_path / "run", *SITE, "--max_train_steps", "1", task=task))
     found = record(tmp_path / "run")
     suffixes = TASKS[task].validation
-    expected = {key + suffix for key in TASKS[task].metrics for suffix in suffixes}
+    expected = {key + suffix for key in KEYS[task] for suffix in suffixes}
     assert set(found["metrics"]) == expected | {"score"}
     assert found["protocol"] == "GLUE validation set, 1 steps" and found["seed"] == 2021
     assert found["sites"] == {f"bert.encoder.layer.{i}": ["attention_sum"] for i in range(2)}
@@ -99,9 +100,9 @@ def test_resuming_in_mid_epoch_is_bit_identical(
         checkpoint = Run.checkpoint
 
         def cut(self: Run, step: int, state: Any) -> None:
-            if step == 5 and how == "stopped":
-                os.kill(os.getpid(), signal.SIGTERM)
             checkpoint(self, step, state)
+            if step == 4 and how == "stopped":
+                os.kill(os.getpid(), signal.SIGTERM)
             if step == 5:
                 raise RuntimeError("pulled the plug")
 
@@ -124,7 +125,7 @@ def test_a_finished_run_is_not_repeated(command: Any, tmp_path: Path, capsys: An
     before = (tmp_path / "run" / "record.json").read_bytes()
     capsys.readouterr()
     main(arguments)
-    assert "done already" in capsys.readouterr().out
+    assert "done" in capsys.readouterr().out
     assert (tmp_path / "run" / "record.json").read_bytes() == before
 
 
@@ -151,7 +152,7 @@ def torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        [*launcher, "-m", "BERT_glue.run_glue_no_trainer", *arguments],
+        [*launcher, "-m", "BERT_glue.main", *arguments],
         capture_output=True, text=True, timeout=200, env=environment,
     )  # fmt: skip
 
@@ -250,13 +251,13 @@ def test_trackers_get_the_curve(command: Any, tmp_path: Path, monkeypatch: Any) 
 
 @pytest.mark.slow
 def test_two_processes_resume_as_if_undisturbed(command: Any, tmp_path: Path, lines: Any) -> None:
-    """SIGTERM to torchrun in the middle: both processes save at the same step and leave, the same command goes on."""
+    """SIGTERM to torchrun in the middle: both save at the same step and leave, re-running resumes."""
     more = [*SITE, "--num_train_epochs", "30", "--checkpointing_steps", "1"]
     torchrun(command(tmp_path / "whole", *more))
     arguments = command(tmp_path / "cut", *more)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = subprocess.Popen(
-        [*launcher, "-m", "BERT_glue.run_glue_no_trainer", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*launcher, "-m", "BERT_glue.main", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     deadline = time.monotonic() + 200
     while not list((tmp_path / "cut" / "checkpoints").glob("step-*4")) and time.monotonic() < deadline:
@@ -270,11 +271,11 @@ def test_two_processes_resume_as_if_undisturbed(command: Any, tmp_path: Path, li
 
 
 def test_another_number_of_processes_is_refused(command: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    state = training.Trainer.state
-    monkeypatch.setattr(training.Trainer, "state", lambda self: state(self) | {"processes": [{}, {}]})
+    state = training.checkpoint_state
+    monkeypatch.setattr(training, "checkpoint_state", lambda *a: state(*a) | {"processes": [{}, {}]})
     with monkeypatch.context() as patch:
         patch.setattr(Run, "finish", lambda *a, **k: sys.exit(9))
         with pytest.raises(SystemExit):
             main(command(tmp_path / "run", "--max_train_steps", "1"))
-    with pytest.raises(UserError, match="was begun with 2 processes, this is 1"):
+    with pytest.raises(UserError, match="was started with 2 processes, this is 1"):
         main(command(tmp_path / "run", "--max_train_steps", "1"))

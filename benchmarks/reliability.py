@@ -1,7 +1,7 @@
-"""The README's table of reliability figures, from what the tests measured.
+"""What a run survives: a Markdown table of what the reliability tests measured.
 
 RELIABILITY_FIGURES=results/reliability/figures.json python -m pytest tests/reliability
-python -m repro.report.reliability_table
+python -m benchmarks.reliability
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.table import markdown
 from repro.config import parse_config
 from repro.errors import UserError, run_main
 
@@ -37,10 +38,10 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         found.append((
             f"two sweeps at once over one folder of {shared['cells']} cells", f"{shared['cell_starts']} cell starts"
         ))  # fmt: skip
-    for name, told in (("write_deaths", "death before"), ("write_errors", "disk full at")):
+    for name, failure in (("write_deaths", "death before"), ("write_errors", "disk full at")):
         if points := figures.get(name):
             found.append((
-                f"{told} every write of a run, {points['points']} of them",
+                f"{failure} every write of a run, {points['points']} of them",
                 f"{points['resumed_equal']} resumed with equal records",
             ))  # fmt: skip
     if damage := figures.get("checkpoint_damage"):
@@ -61,7 +62,7 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table as Markdown."""
-    config = parse_config(Config, argv, prog="python -m repro.report.reliability_table", description=__doc__ or "")
+    config = parse_config(Config, argv, prog="benchmarks.reliability", description=__doc__ or "")
     path = Path(config.figures)
     try:
         found = rows(json.loads(path.read_text(encoding="utf-8")))
@@ -69,9 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{path}: no such file (RELIABILITY_FIGURES={path} pytest tests/reliability)") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: not a file of reliability figures ({error})") from error
-    print("| Done to it | Result |\n|---|---|")
-    for done, result in found:
-        print(f"| {done} | {result} |")
+    print(markdown([{"Done to it": done, "Result": result} for done, result in found]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """GLUE's metrics as a local `evaluate` module: no network, the keys of the benchmark.
 
 Use `GlueMetric(config_name="mrpc").compute(predictions=..., references=...)`, or
-`evaluate.load("BERT_glue/glue_metric.py", "mrpc")`.
+`evaluate.load("BERT_glue/metric.py", "mrpc")`.
 """
 
 import warnings

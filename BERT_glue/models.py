@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -17,16 +18,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from BERT_glue.configuration import CONFIGS, with_contranorm
-from BERT_glue.data import Task
-from BERT_glue.sites import active_sites
+import BERT_glue.modeling_albert
+import BERT_glue.modeling_bert  # noqa: F401 - registered with the Auto classes
+from BERT_glue.config import Config
+from BERT_glue.configuration import CONFIGS, with_contranorm, without_contranorm
+from BERT_glue.sites import active_sites, site_step
+from BERT_glue.tasks import Task
 from repro.errors import UserError
-
-if TYPE_CHECKING:
-    from BERT_glue.config import Config
 
 # A checkpoint may lack these, which fine-tuning trains from scratch, and nothing else.
 HEAD = ("classifier.", "bert.pooler.", "albert.pooler.")
+LEARNABLE_STEP = re.compile(r"\.sites\.\w+\.step$")
 
 
 def resolve(name: str) -> str:
@@ -65,10 +67,13 @@ def load_backbone(config: Config, task: Task) -> tuple[PreTrainedModel, PreTrain
         raise UserError(f"--model_name_or_path {name}: model type {architecture!r}, ContraNorm is built into {known}")
     _check_fit(vanilla, tokenizer, config, task, name)
 
+    config.architecture = architecture
     sites = config.sites_in(architecture)
     if getattr(vanilla, "sites", None) and config.pos is None and config.sites is None:
-        told = ",".join(vanilla.sites)
-        raise UserError(f"{name} was trained with ContraNorm at {told}: say --sites {told}, or --pos 0 to drop it")
+        trained = ",".join(vanilla.sites)
+        raise UserError(
+            f"{name} was trained with ContraNorm at {trained}: add --sites {trained}, or --pos 0 to drop it"
+        )
     model_config = _configure(vanilla, config, task, sites)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -80,7 +85,8 @@ def load_backbone(config: Config, task: Task) -> tuple[PreTrainedModel, PreTrain
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model_name_or_path {name}: weights not loaded: {_reason(error)}") from error
-    missing = [key for key in sorted(info["missing_keys"]) if not key.startswith(HEAD)]
+    new = [key for key in info["missing_keys"] if key.startswith(HEAD) or LEARNABLE_STEP.search(key)]
+    missing = sorted(set(info["missing_keys"]) - set(new))
     if missing:
         raise UserError(f"--model_name_or_path {name}: the checkpoint has no weights for {missing[0]} and others")
     check_sites(model, sites)
@@ -97,19 +103,15 @@ def _configure(vanilla: PretrainedConfig, config: Config, task: Task, sites: lis
     if config.num_hidden_layers is not None:
         changes["num_hidden_layers"] = config.num_hidden_layers
     if sites:
-        changes |= {"sites": sites, "scale": config.scale, "tau": config.tau, "include_padding": config.include_padding}
-        changes["axis"] = "features" if config.use_v2 else "tokens"
-        if config.identity is not None:
-            changes["identity"] = config.identity
+        switches = {name: value for name, value in config.switches().items() if value is not None}
+        changes |= {"sites": sites, "scale": config.scale, "include_padding": config.include_padding, **switches}
     try:
         built = with_contranorm(vanilla, **({"sites": []} | changes))
+        if sites:  # one step: refuses switches that no kernel can do together
+            site_step(built)(torch.ones(1, 2, built.hidden_size), torch.ones(1, 2, dtype=torch.bool))
     except (ValueError, StrictDataclassError) as error:
         raise UserError(f"these settings do not go together: {_reason(error)}") from error
-    if sites:
-        return built
-    plain = type(built).__mro__[1]  # transformers' own BertConfig or AlbertConfig
-    own = ("sites", "scale", "tau", "axis", "identity", "include_padding", "model_type")
-    return plain(**{key: value for key, value in built.to_dict().items() if key not in own})
+    return built if sites else without_contranorm(built)
 
 
 def _check_fit(
@@ -151,11 +153,12 @@ def describe(model: PreTrainedModel) -> str:
     if not found:
         return f"{type(model).__name__}: no ContraNorm in any layer (vanilla)"
     c = model.config
-    similarity = "softmax(x̂ᵀx̂/τ)" if c.axis == "features" else "A"
-    step = f"s·x·{similarity}" if c.axis == "features" else "s·A·x"
-    form = f"(1+s)·x - {step}" if c.identity else f"x - {step}"
+    x = "x̂" if c.pre_norm else "x"
+    step = f"s·{x}·softmax(x̂ᵀx̂/τ)" if c.axis == "features" else f"s·A·{x}"
+    form = f"(1+s)·{x} - {step}" if c.identity else f"{x} - {step}"
     padding = "padding takes part" if c.include_padding else "padding left out"
-    lines = [f"{type(model).__name__}: ContraNorm {form}, s={c.scale}, tau={c.tau}, {padding}"]
+    more = "".join(f", {name}" for name in ("symmetric", "learnable", "positive") if getattr(c, name))
+    lines = [f"{type(model).__name__}: ContraNorm {form}, s={c.scale}, tau={c.tau}, {padding}{more}"]
     shared = "  (shared by all depths)" if "albert" in c.model_type else ""
     return "\n".join(lines + [f"  {layer}: {', '.join(sites)}{shared}" for layer, sites in found.items()])
 

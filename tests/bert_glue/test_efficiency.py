@@ -16,11 +16,11 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM
 
 import BERT_glue as bg
-from BERT_glue import training
+import BERT_glue.train as training
 from BERT_glue.config import parse
-from BERT_glue.economy import UsedRows, compact_embeddings, skip_unread_tokens, trained_tokens, used_tokens
-from BERT_glue.run_glue_no_trainer import main as main_once
-from BERT_glue.training import parameter_groups
+from BERT_glue.efficiency import UsedRows, compact_embeddings, skip_unread_tokens, trained_tokens, used_tokens
+from BERT_glue.main import main as main_once
+from BERT_glue.train import parameter_groups
 from repro.errors import UserError
 from repro.run.run import Run
 
@@ -200,15 +200,15 @@ def test_what_would_change_numbers_is_refused(command: Any, tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_goes_on_with_the_same_texts_only(command: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_run_resumes_on_the_same_texts_only(command: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """Moments belong to rows: other texts would give them to other words."""
-    state = training.Trainer.state
+    state = training.checkpoint_state
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "state", lambda self: state(self) | {"tokens": torch.tensor([0, 1])})
+        patch.setattr(training, "checkpoint_state", lambda *a: state(*a) | {"tokens": torch.tensor([0, 1])})
         patch.setattr(Run, "finish", lambda *a, **k: sys.exit(9))
         with pytest.raises(SystemExit):
             main(command(tmp_path / "run", "--max_train_steps", "1"))
-    with pytest.raises(UserError, match="was begun with texts of other words"):
+    with pytest.raises(UserError, match="was started on texts with other words"):
         main(command(tmp_path / "run", "--max_train_steps", "1"))
 
 
@@ -221,13 +221,13 @@ def test_benchmark_takes_the_same_examples_every_way(
     monkeypatch.setattr(glue_epoch, "COMMON", common)
     monkeypatch.setattr(glue_epoch, "BATCH", 4)
     seen: dict[int, list[torch.Tensor]] = {}
-    train_batch = training.Trainer.train_batch
+    train_batch = training.train_batch
 
-    def watch(self: training.Trainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        seen.setdefault(id(self), []).append(batch["input_ids"])
-        return train_batch(self, batch)
+    def watch(setup: training.TrainingSetup, batch: dict[str, torch.Tensor], number: int) -> torch.Tensor:
+        seen.setdefault(id(setup), []).append(batch["input_ids"])
+        return train_batch(setup, batch, number)
 
-    monkeypatch.setattr(training.Trainer, "train_batch", watch)
+    monkeypatch.setattr(glue_epoch, "train_batch", watch)
     rows = glue_epoch.measure(str(glue_root), 3, tmp_path / "run")
     assert [row["way"] for row in rows][: len(glue_epoch.WAYS)] == list(glue_epoch.WAYS)
     assert rows[0]["times faster"] == 1 and all(row["examples a second"] > 0 for row in rows)

@@ -1,0 +1,284 @@
+"""Fine-tuning: what it needs, the loop, evaluation, and a state that a checkpoint holds whole."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, gather_object
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from BERT_glue.config import Config
+from BERT_glue.data import load_splits, make_loader, tokenize
+from BERT_glue.efficiency import apply_speedups, trained_tokens
+from BERT_glue.metric import GlueMetric
+from BERT_glue.models import load_backbone
+from BERT_glue.predict import as_predictions
+from BERT_glue.tasks import Task
+from repro.errors import UserError
+from repro.run.run import Run
+from repro.seeding import rng_state, seed_everything, set_rng_state
+
+PAPER_MAX_LENGTH = 128
+
+
+@dataclass
+class TrainingSetup:
+    """Everything that training needs, checked before the run's folder is touched, and placed on its device."""
+
+    config: Config
+    accelerator: Accelerator
+    task: Task
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    parameters: int
+    """Of the model as it is saved; fewer may be trained."""
+    train: DataLoader[Any] | None
+    validation: dict[str, DataLoader[Any]]
+    """Suffix of the metrics → batches."""
+    test: dict[str, DataLoader[Any]]
+    """Name of the TSV file → batches."""
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    total_steps: int
+
+
+@dataclass
+class Progress:
+    """How far training is."""
+
+    loss_sum: Tensor  # over this epoch's batches in this process
+    epoch: int = 0
+    batches: int = 0  # done in this epoch, per process
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0  # spent training in this epoch
+    curve: list[dict[str, Any]] = field(default_factory=list)  # one line per epoch
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last epoch
+
+
+# -- before training ---------------------------------------------------------------------------------------------------
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """One process or, under torchrun, several; the order of examples is the same either way."""
+    try:
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # without it torchrun's processes ignore each other on CPUs
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+        )
+    except ValueError as error:
+        raise UserError(f"--mixed_precision {config.mixed_precision}: {error}") from error
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise UserError(
+            f"started as one of {os.environ['WORLD_SIZE']} processes that do not find each other; use torchrun"
+        )
+    return accelerator
+
+
+def prepare(config: Config, accelerator: Accelerator) -> TrainingSetup:
+    """Load and check data and model, before anything is written.
+
+    Raises:
+        UserError: whatever does not fit.
+    """
+    with accelerator.main_process_first():  # the others find the tokenized rows in the cache
+        splits = load_splits(config)
+        seed_everything(config.seed)  # the head's first weights
+        model, tokenizer = load_backbone(config, splits.task)
+        length = config.max_length or min(PAPER_MAX_LENGTH, model.config.max_position_embeddings)
+
+        def encode(rows: Dataset) -> Dataset:
+            pad, workers = config.pad_to_max_length, config.preprocessing_num_workers
+            return tokenize(rows, splits.task, tokenizer, length, pad=pad, workers=workers)
+
+        rows = None if splits.train is None else encode(splits.train)
+        validation = {suffix: encode(split) for suffix, split in splits.validation.items()}
+        test = {file: encode(split) for file, split in splits.test.items()}
+    parameters = sum(p.numel() for p in model.parameters())
+    met = [] if rows is None else [rows, *validation.values(), *test.values()]
+    apply_speedups(config, model, met, tokenizer.all_special_ids)
+
+    groups = parameter_groups(model, config.weight_decay)
+    # None, not False: PyTorch then still joins the tensors of a step where it can
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=config.fused_optimizer or None)
+    train_loader = None
+    if rows is not None:
+        size, bucket = config.per_device_train_batch_size, config.group_by_length
+        train_loader = make_loader(rows, tokenizer, size, seed=config.seed, shuffle=True, group_by_length=bucket)
+        train_loader = accelerator.prepare(train_loader)
+
+    def evaluation_loader(rows: Dataset) -> DataLoader[Any]:
+        return accelerator.prepare(make_loader(rows, tokenizer, config.per_device_eval_batch_size, seed=config.seed))
+
+    steps = 0
+    if train_loader is not None:
+        steps = -(-len(train_loader) // config.gradient_accumulation_steps) * config.num_train_epochs
+    steps = min(steps, config.max_train_steps or steps)
+    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.num_warmup_steps, steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return TrainingSetup(
+        config=config,
+        accelerator=accelerator,
+        task=splits.task,
+        model=model,
+        tokenizer=tokenizer,
+        parameters=parameters,
+        train=train_loader,
+        validation={suffix: evaluation_loader(rows) for suffix, rows in validation.items()},
+        test={file: evaluation_loader(rows) for file, rows in test.items()},
+        optimizer=optimizer,
+        scheduler=scheduler,
+        total_steps=steps,
+    )
+
+
+def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices are decayed; biases, LayerNorm weights and learnable steps, which are vectors, are not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def train(setup: TrainingSetup, run: Run) -> Progress:
+    """Fine-tune to the last step, from the run's last checkpoint if it has one; `metrics` are those after it."""
+    config, accelerator, loader = setup.config, setup.accelerator, setup.train
+    every, quiet = config.checkpointing_steps, not accelerator.is_main_process
+    seed_everything(config.seed + accelerator.process_index)  # dropout differs between processes
+    p = restore(setup, run)
+    with tqdm(total=setup.total_steps, initial=p.step, unit="step", disable=quiet, file=sys.stderr) as bar:
+        # a checkpoint within the last epoch may have all steps done and the evaluation still to come
+        while p.step < setup.total_steps or p.batches:
+            clock = time.monotonic()
+            setup.model.train()
+            loader.set_epoch(p.epoch)  # before skipping: a skipping loader does not reach the sampler of two processes
+            for batch in accelerator.skip_first_batches(loader, p.batches) if p.batches else loader:
+                if p.step >= setup.total_steps:
+                    break
+                p.loss_sum += train_batch(setup, batch, p.batches)  # read once per epoch: a GPU is not waited for
+                p.batches += 1
+                p.seconds, clock = p.seconds + time.monotonic() - clock, time.monotonic()
+                if accelerator.sync_gradients:
+                    setup.scheduler.step()
+                    p.step += 1
+                    bar.update()
+                    if run.agree_to_stop() or (every and p.step % every == 0):
+                        run.checkpoint(p.step, checkpoint_state(setup, p))
+
+            loss = accelerator.reduce(p.loss_sum / p.batches, "mean").item()
+            p.metrics = evaluate(setup)
+            line = {"epoch": p.epoch + 1, "step": p.step, "loss": loss, "lr": setup.scheduler.get_last_lr()[0]}
+            p.curve.append({**line, **p.metrics, "train_seconds": round(p.seconds, 3)})
+            run.log(p.curve[-1])
+            bar.set_postfix(epoch=p.epoch + 1, score=f"{p.metrics['score']:.4f}")
+            p.epoch, p.batches, p.seconds = p.epoch + 1, 0, 0.0
+            p.loss_sum.zero_()
+            run.agree_to_stop()  # so that all processes leave at this checkpoint, or none
+            run.checkpoint(p.step, checkpoint_state(setup, p))
+    p.metrics = p.metrics or evaluate(setup)
+    return p
+
+
+def train_batch(setup: TrainingSetup, batch: dict[str, Tensor], number: int) -> Tensor:
+    """Forward, backward and, at the end of a group of batches, the optimizer's step; returns the loss.
+
+    Args:
+        setup: with the loader that the batch is from.
+        batch: on the model's device.
+        number: of the batch in its epoch, from 0.
+    """
+    # accelerate divides the gradient by the group's nominal size: an epoch's last group may be shorter
+    size = setup.config.gradient_accumulation_steps
+    weight = size / min(size, len(setup.train) - number // size * size)
+    with setup.accelerator.accumulate(setup.model):
+        loss = setup.model(**batch).loss
+        setup.accelerator.backward(loss * weight)
+        setup.optimizer.step()
+        setup.optimizer.zero_grad()
+    return loss.detach()
+
+
+@torch.no_grad()
+def predict(setup: TrainingSetup, loader: DataLoader[Any]) -> tuple[Tensor, ...]:
+    """Predictions and labels of all rows, each row once, on every process; labels are 0 where the rows have none."""
+    setup.model.eval()
+    predictions, references = [], []
+    for batch in loader:
+        labels = batch.pop("labels", None)
+        values = as_predictions(setup.model(**batch).logits, setup.task)  # (B,)
+        labels = torch.zeros_like(values) if labels is None else labels
+        values, labels = setup.accelerator.gather_for_metrics((values, labels))
+        predictions.append(values.cpu())
+        references.append(labels.cpu())
+    return torch.cat(predictions), torch.cat(references)
+
+
+def evaluate(setup: TrainingSetup) -> dict[str, float]:
+    """GLUE's metrics on the validation split (MNLI: on both, apart), and their mean as `score`."""
+    name = setup.config.task_name or ("classification" if setup.task.labels else "regression")
+    metrics: dict[str, float] = {}
+    for suffix, loader in setup.validation.items():
+        predictions, references = predict(setup, loader)
+        measure = GlueMetric(config_name=name, keep_in_memory=True)
+        found = measure.compute(predictions=predictions, references=references)
+        metrics |= {key + suffix: value for key, value in found.items()}
+    return {**metrics, "score": sum(metrics.values()) / len(metrics)}
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_state(setup: TrainingSetup, progress: Progress) -> dict[str, Any]:
+    """All that decides how training continues; each process adds its random generators and its sum of losses."""
+    model = setup.accelerator.unwrap_model(setup.model)
+    shared = dict(vars(progress))
+    own = {"rng": rng_state(), "loss_sum": shared.pop("loss_sum").cpu()}
+    return {
+        "tokens": trained_tokens(model),
+        "model": model.state_dict(),
+        "optimizer": setup.optimizer.state_dict(),
+        "scheduler": setup.scheduler.state_dict(),
+        "progress": shared,
+        "processes": gather_object([own]),
+    }
+
+
+def restore(setup: TrainingSetup, run: Run) -> Progress:
+    """Load the run's last checkpoint, if it has one, into the setup; says how far it was.
+
+    Raises:
+        UserError: the run was started with another number of processes, or on other texts.
+    """
+    progress = Progress(torch.zeros((), device=setup.accelerator.device))
+    found = run.restore()
+    if found is None:
+        return progress
+    state = found[1]
+    there, here = len(state["processes"]), setup.accelerator.num_processes
+    if there != here:
+        raise UserError(f"{run.folder} was started with {there} processes, this is {here}: use as many as before")
+    model = setup.accelerator.unwrap_model(setup.model)
+    old, new = state["tokens"], trained_tokens(model)
+    if (old is None) != (new is None) or (old is not None and not torch.equal(old, new)):
+        raise UserError(f"{run.folder} was started on texts with other words: use the same data as before")
+    own = state["processes"][setup.accelerator.process_index]
+    model.load_state_dict(state["model"])
+    setup.optimizer.load_state_dict(state["optimizer"])
+    setup.scheduler.load_state_dict(state["scheduler"])
+    set_rng_state(own["rng"])
+    return Progress(progress.loss_sum.copy_(own["loss_sum"]), **state["progress"])
