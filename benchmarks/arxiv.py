@@ -132,7 +132,8 @@ def measure(variant: Variant) -> dict[str, float]:
     """Seconds of a step, by the clock and of processor time, and MiB beyond what the process held before the first."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    adjacency = Adjacency.from_edges(torch.randint(0, variant.nodes, (2, variant.edges)), variant.nodes).to(device)
+    edges = torch.randint(0, variant.nodes, (2, variant.edges), device=device)
+    adjacency = Adjacency.from_edges(edges, variant.nodes)
     x = torch.randn(variant.nodes, variant.features, device=device)
     y = torch.randint(0, Counts.classes, (variant.nodes,), device=device)
     make = convolution_step(variant, adjacency, x) if variant.convolution else None

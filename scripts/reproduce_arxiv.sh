@@ -57,10 +57,11 @@ estimate() {
     done
 }
 
+for arm in $ARMS; do norm_of "$arm" >/dev/null; done # an unknown one ends the script
 status=0
 for mode in $MODES; do # all teachers first
-    planned="$(lines "$mode")" # on a line of its own: an unknown arm ends the script
-    "$PYTHON" -m repro.sweep --results "$RESULTS" --jobs "$JOBS" --cluster "${CLUSTER:-local}" "$@" <<<"$planned" || status=$?
+    lines "$mode" |
+        "$PYTHON" -m repro.sweep --results "$RESULTS" --jobs "$JOBS" --cluster "${CLUSTER:-local}" "$@" || status=$?
     if [ "$status" -gt 1 ]; then exit "$status"; fi # 1: some cells failed, and the rest make a table
 done
 for argument in "$@"; do

@@ -69,11 +69,10 @@ def prepare(config: Config) -> TrainingSetup:
     teacher = load_teacher(config, len(graph.y), graph.classes) if config.mode == "student" else None
     if teacher is not None:
         teacher = dataclasses.replace(teacher, logits=teacher.logits.to(device))
-    adjacency = Adjacency.from_edges(graph.edge_index, len(graph.y)).to(device)
-    sparse = (graph.x != 0).float().mean() < SPARSE_BELOW
-    features = Sparse.from_dense(graph.x).to(device) if sparse else graph.x.to(device)
-    for name in ("y", "train", "validation", "test"):
+    for name in ("x", "y", "edge_index", "train", "validation", "test"):
         setattr(graph, name, getattr(graph, name).to(device))
+    adjacency = Adjacency.from_edges(graph.edge_index, len(graph.y))
+    features = Sparse.from_dense(graph.x) if (graph.x != 0).float().mean() < SPARSE_BELOW else graph.x
     return TrainingSetup(config, graph, features, adjacency, teacher)
 
 

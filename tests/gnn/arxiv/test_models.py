@@ -13,7 +13,6 @@ from gnn.arxiv.config import Config
 from gnn.arxiv.models import Branch, GraphAttention, LayerGraph, RevGAT, layer_graphs, project
 from gnn.arxiv.pyg import GroupAddRev
 from gnn.models import Adjacency
-from gnn.pyg import GATConv
 from gnn.sparse import Sparse
 
 Make = Callable[..., Config]
@@ -118,6 +117,8 @@ def test_without_scores_it_is_the_normalized_adjacency(adjacency: Adjacency) -> 
 
 @pytest.mark.parametrize("attn_dst", [False, True])
 def test_it_is_pyg_s_convolution(attn_dst: bool, adjacency: Adjacency) -> None:
+    from torch_geometric.nn import GATConv  # loaded without its warnings by gnn.pyg
+
     ours = attention(use_norm=False, attn_dst=attn_dst)
     theirs = GATConv(INPUTS, 5, heads=3, add_self_loops=False, bias=False, residual=True)
     with torch.no_grad():
