@@ -2,9 +2,8 @@
 
     python -m benchmarks.arxiv --json out/arxiv.json
 
-Random edges and features; each variant runs in a fresh process: forward, backward and optimizer step, once to allocate
-and load what lasts, then `--steps` times. The memory is the largest resident size during those beyond what the process
-held before the first. The convolution alone is measured by its sparse product and edge by edge, on half of the graph.
+Random edges and features; each variant runs in a fresh process: forward, backward and optimizer step. The memory is the
+largest resident size during them beyond what the process held before the first. The convolution alone is measured by its sparse product and edge by edge, on half of the graph.
 `--fraction 0.1` takes a tenth of the nodes and edges; what needs more memory than is free is left out, and named.
 """
 
@@ -80,7 +79,7 @@ class Config:
     features: int = 128
     """input features: 128 as OGB's, 768 as GIANT-XRT's"""
     steps: int = 1
-    """timed steps of each variant, after one to warm up"""
+    """timed steps of each variant; several come after one to warm up, which at full size takes longer than it changes"""
     measure: str | None = None
     """internal: measure this one variant (JSON) in this process, and print the result as JSON"""
 
@@ -139,7 +138,8 @@ def measure(variant: Variant) -> dict[str, float]:
     make = convolution_step(variant, adjacency, x) if variant.convolution else None
     step = make or network_step(variant, adjacency, x, y)
     before = reset_peak(device)
-    step()
+    if variant.steps > 1:
+        step()  # to warm up
     synchronize()
     start, worked = time.perf_counter(), time.process_time()
     for _ in range(variant.steps):
