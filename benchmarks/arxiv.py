@@ -3,8 +3,9 @@
     python -m benchmarks.arxiv --json out/arxiv.json
 
 Random edges and features; each variant runs in a fresh process: forward, backward and optimizer step. The memory is the
-largest resident size during them beyond what the process held before the first. The convolution alone is measured by its sparse product and edge by edge, on half of the graph.
-`--fraction 0.1` takes a tenth of the nodes and edges; what needs more memory than is free is left out, and named.
+largest resident size during them beyond what the process held before the first. The convolution alone is measured by its
+sparse product and edge by edge, on half of the graph. `--fraction 0.1` takes a tenth of the nodes and edges; what needs
+more memory than is free is left out, and named.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Config:
     features: int = 128
     """input features: 128 as OGB's, 768 as GIANT-XRT's"""
     steps: int = 1
-    """timed steps of each variant; several come after one to warm up, which at full size takes longer than it changes"""
+    """timed steps of each variant; several come after one to warm up"""
     measure: str | None = None
     """internal: measure this one variant (JSON) in this process, and print the result as JSON"""
 
