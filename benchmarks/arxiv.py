@@ -3,9 +3,9 @@
     python -m benchmarks.arxiv --json out/arxiv.json
 
 Random edges and features; each variant runs in a fresh process: forward, backward and optimizer step. The memory is the
-largest resident size during them beyond what the process held before the first. The convolution alone is measured by its
-sparse product and edge by edge, on half of the graph. `--fraction 0.1` takes a tenth of the nodes and edges; what needs
-more memory than is free is left out, and named.
+largest resident size during them beyond what the process held before the first. The convolution alone is measured on
+half of the graph, by its sparse product and edge by edge. `--fraction 0.1` takes a tenth of the nodes and edges; what
+needs more memory than is free is left out, and named.
 """
 
 from __future__ import annotations
