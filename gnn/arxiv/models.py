@@ -22,7 +22,7 @@ from gnn.sparse import Pattern, Sparse
 
 SLOPE = 0.2  # of the scores' LeakyReLU
 # How far a head's scores may be apart: exp of the highest and lowest, taken about their middle, is then 1e26 and 1e-26,
-# which leaves room in float32 for features and sums over neighbours. Networks of ten layers are beyond it at the start.
+# which leaves room in float32 for features and sums over neighbours. Deep networks can be beyond it at initialization.
 MAX_SPREAD = {torch.float32: 120.0, torch.float64: 1200.0}
 
 
