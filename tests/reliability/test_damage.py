@@ -258,7 +258,7 @@ def test_mutated_parquet_files(tmp_path: Path, trials: Trials, figures: dict[str
         table = Parquet([path])
         for index in range(len(table)):
             try:
-                table.image(index)
+                table[index]
             except BadImageError as error:
                 raise UserError(str(error)) from error
 
