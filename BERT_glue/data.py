@@ -12,12 +12,15 @@ import torch
 from datasets import Dataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from BERT_glue.config import Config
 from BERT_glue.tasks import TASKS, Task
 from repro.errors import UserError
+
+TEXT = ("string", "large_string")
 
 
 @dataclass
@@ -26,18 +29,12 @@ class Splits:
 
     task: Task
     train: Dataset | None
-    validation: dict[str, Dataset]
-    """Suffix of the metrics → rows."""
-    test: dict[str, Dataset]
-    """Name of the TSV file → rows."""
+    validation: dict[str, Dataset]  # suffix of the metrics → rows
+    test: dict[str, Dataset]  # name of the TSV file → rows
 
 
 def load_splits(config: Config) -> Splits:
-    """Read the splits that a run needs, from --data_root, the Hub, or own files.
-
-    Raises:
-        UserError: a missing split or file, text that is not UTF-8, no rows, no or impossible labels.
-    """
+    """The splits that a run needs, from --data_root, the Hub, or own files; a UserError for whatever is wrong there."""
     if config.task_name is None:
         return _own_splits(config)
     task = TASKS[config.task_name]
@@ -67,10 +64,10 @@ def _glue_split(config: Config, split: str, task: Task, *, labelled: bool = True
         except Exception as error:  # the Hub's client raises many kinds: offline, time-outs, proxies, missing files
             raise UserError(
                 f"GLUE task {name} is neither in {folder} nor to be had from the Hugging Face Hub "
-                f"({type(error).__name__}: {_first_line(error)}); set --data_root"
+                f"({type(error).__name__}: {reason(error)}); set --data_root"
             ) from error
     where = f"{folder} ({split})"
-    _check_columns(rows, task.sentences, where)
+    _check_texts(rows, task.sentences, where)
     if labelled:
         _check_labels(rows, len(task.labels), where)
     return rows
@@ -81,19 +78,16 @@ def _own_splits(config: Config) -> Splits:
     paths = {"train": config.train_file if config.num_train_epochs > 0 else None, "validation": config.validation_file}
     raw = {split: _own_file(path) for split, path in paths.items() if path}
     for split, rows in raw.items():
-        if "label" not in rows.column_names:
-            raise UserError(f"{paths[split]}: no column 'label' (found: {', '.join(rows.column_names)})")
+        _check_column(rows, "label", str(paths[split]))
         if any(value is None or value == "" for value in rows["label"]):
             raise UserError(f"{paths[split]}: rows without a label")
     first = next(iter(raw.values()))
     sentences = _text_columns(first)
-    reference = first["label"]
-    regression = all(isinstance(value, float) for value in reference)
-    names = () if regression else tuple(str(v) for v in sorted(set(reference)))
-    task = Task(sentences, names)
+    regression = all(isinstance(value, float) for value in first["label"])
+    names = () if regression else tuple(str(v) for v in sorted(set(first["label"])))
     for split, rows in raw.items():
         where = str(paths[split])
-        _check_columns(rows, sentences, where)
+        _check_texts(rows, sentences, where)
         if regression:
             if not all(isinstance(value, (int, float)) for value in rows["label"]):
                 raise UserError(f"{where}: labels that are not numbers, where the training labels are")
@@ -103,14 +97,14 @@ def _own_splits(config: Config) -> Splits:
         foreign = sorted({str(value) for value in rows["label"]} - set(names))
         if foreign:
             raise UserError(f"{where}: label {foreign[0]!r} does not occur in the training data ({', '.join(names)})")
-        index = {name: number for number, name in enumerate(names)}
-        numbers = [index[str(value)] for value in rows["label"]]
+        numbers = [names.index(str(value)) for value in rows["label"]]
         raw[split] = rows.remove_columns("label").add_column("label", numbers)
     test = {}
     if config.do_predict and config.test_file:
-        test = {Path(config.test_file).stem: _own_file(config.test_file)}
-        _check_columns(next(iter(test.values())), sentences, config.test_file)
-    return Splits(task, raw.get("train"), {"": raw["validation"]}, test)
+        rows = _own_file(config.test_file)
+        _check_texts(rows, sentences, config.test_file)
+        test = {Path(config.test_file).stem: rows}
+    return Splits(Task(sentences, names), raw.get("train"), {"": raw["validation"]}, test)
 
 
 def _own_file(path: str) -> Dataset:
@@ -118,16 +112,13 @@ def _own_file(path: str) -> Dataset:
     if kind is None:
         raise UserError(f"{path}: own data must be .csv, .json or .jsonl")
     try:
-        with open(path, encoding="utf-8") as file:
-            filled = sum(1 for line in file if line.strip())
+        text = Path(path).read_text(encoding="utf-8").strip()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    if filled == 0:
-        raise UserError(f"{path}: the file is empty")
-    if kind == "csv" and filled == 1:
-        raise UserError(f"{path}: no rows below the header")
+    if not text or (kind == "csv" and "\n" not in text):
+        raise UserError(f"{path}: {'no rows below the header' if text else 'the file is empty'}")
     return _load(kind, [path], path, **({"keep_default_na": False} if kind == "csv" else {}))
 
 
@@ -135,47 +126,49 @@ def _load(kind: str, files: list[str], where: str, **options: Any) -> Dataset:
     try:
         rows = load_dataset(kind, data_files={"rows": files}, **options).get("rows")
     except (DatasetGenerationError, ValueError, OSError) as error:
-        raise UserError(f"{where}: not readable as {kind}: {_first_line(error.__cause__ or error)}") from error
+        raise UserError(f"{where}: not readable as {kind}: {reason(error.__cause__ or error)}") from error
     if not rows:
         raise UserError(f"{where}: no rows")
     return rows
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def reason(error: BaseException) -> str:
+    """The first line of a library's error; the last of a strict dataclass's, where the reason stands."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if isinstance(error, StrictDataclassError) else 0].strip()[:300]
 
 
 def _text_columns(rows: Dataset) -> tuple[str, ...]:
     """sentence1 and sentence2 where they are there, else the first one or two text columns."""
     if {"sentence1", "sentence2"} <= set(rows.column_names):
         return ("sentence1", "sentence2")
-    texts = [n for n in rows.column_names if n != "label" and rows.features[n].dtype in ("string", "large_string")]
+    texts = [name for name in rows.column_names if name != "label" and _kind(rows, name) in TEXT]
     if not texts:
         raise UserError(f"no column of text (found: {', '.join(rows.column_names)})")
     return tuple(texts[:2])
 
 
-def _check_columns(rows: Dataset, names: tuple[str, ...], where: str) -> None:
-    missing = [name for name in names if name not in rows.column_names]
-    if missing:
-        raise UserError(f"{where}: no column {missing[0]!r} (found: {', '.join(rows.column_names)})")
+def _check_column(rows: Dataset, name: str, where: str) -> None:
+    if name not in rows.column_names:
+        raise UserError(f"{where}: no column {name!r} (found: {', '.join(rows.column_names)})")
+
+
+def _check_texts(rows: Dataset, names: tuple[str, ...], where: str) -> None:
     for name in names:
-        if (kind := _kind(rows, name)) not in ("string", "large_string"):
+        _check_column(rows, name, where)
+        if (kind := _kind(rows, name)) not in TEXT:
             raise UserError(f"{where}: column {name!r} holds {kind}, not text")
         if any(value is None for value in rows[name]):
             raise UserError(f"{where}: column {name!r} has rows without text")
 
 
 def _kind(rows: Dataset, name: str) -> str:
-    """The type of a column's values: string, int64, float64, ..., or that of a nested one."""
-    feature = rows.features[name]
-    return str(getattr(feature, "dtype", type(feature).__name__))
+    return str(getattr(rows.features[name], "dtype", type(rows.features[name]).__name__))
 
 
 def _check_labels(rows: Dataset, count: int, where: str) -> None:
     """Labels must be 0 … count - 1; finite numbers for regression (count 0)."""
-    if "label" not in rows.column_names:
-        raise UserError(f"{where}: no column 'label' (found: {', '.join(rows.column_names)})")
+    _check_column(rows, "label", where)
     values = rows["label"][:]
     if not (kind := _kind(rows, "label")).startswith(("int", "uint", "float")) or any(v is None for v in values):
         raise UserError(f"{where}: column 'label' holds {kind}, or has rows without a number")
@@ -187,14 +180,9 @@ def _check_labels(rows: Dataset, count: int, where: str) -> None:
 
 
 def tokenize(
-    rows: Dataset,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    *,
-    pad: bool = False,
+    rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, *, pad: bool = False,
     workers: int = 1,
-) -> Dataset:
+) -> Dataset:  # fmt: skip
     """Rows of input_ids, attention_mask, token_type_ids and, where the rows have them, labels.
 
     The result is cached under a fingerprint of the rows, the tokenizer and the settings: a second run reads it.
@@ -203,44 +191,34 @@ def tokenize(
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [batch[name] for name in task.sentences]
-        encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=padding)
-        columns = dict(encoded)
+        columns = dict(tokenizer(*texts, truncation=True, max_length=max_length, padding=padding))
         if "label" in batch:
             columns["labels"] = batch["label"]
         return columns
 
-    fingerprint = Hasher.hash((rows._fingerprint, _definition(tokenizer), task.sentences, max_length, padding))
+    # what decides how a text is encoded, without the truncation and padding of the tokenizer's last call
+    definition = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     return rows.map(
         encode,
         batched=True,
         remove_columns=rows.column_names,
         num_proc=workers if workers > 1 else None,
-        new_fingerprint=fingerprint,
+        new_fingerprint=Hasher.hash((rows._fingerprint, definition, task.sentences, max_length, padding)),
         desc="tokenizing",
     )
-
-
-def _definition(tokenizer: PreTrainedTokenizerBase) -> object:
-    """What decides how a text is encoded, without the truncation and padding of the tokenizer's last call."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())
-    return {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
 
 
 class BucketSampler(Sampler[int]):
     """Every index once per epoch, examples of similar length side by side.
 
-    A random order is cut into chunks of `chunk` batches; each chunk is sorted by length, and its batches are shuffled.
-    The order depends on seed and epoch alone.
+    A random order is cut into chunks of batches; each chunk is sorted by length, and its batches are shuffled. The
+    order depends on seed and epoch alone.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int, chunk: int = 50) -> None:
-        self.lengths = torch.as_tensor(lengths)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.chunk = chunk
-        self.epoch = 0
+    CHUNK = 50  # batches
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = torch.as_tensor(lengths), batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order is next."""
@@ -253,7 +231,7 @@ class BucketSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator)
         batches: list[torch.Tensor] = []
-        for piece in order.split(self.batch_size * self.chunk):
+        for piece in order.split(self.batch_size * self.CHUNK):
             sorted_piece = piece[self.lengths[piece].argsort(descending=True, stable=True)]
             batches += sorted_piece.split(self.batch_size)
         last = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # the short batch stays the last one
@@ -267,7 +245,6 @@ def make_loader(
     group_by_length: bool = False,
 ) -> DataLoader[Any]:  # fmt: skip
     """Batches padded to their longest example. No global random generator is used or moved."""
-    generator = torch.Generator().manual_seed(seed)
     sampler = None
     if shuffle and group_by_length:
         sampler = BucketSampler([len(ids) for ids in rows["input_ids"]], batch_size, seed)
@@ -277,5 +254,5 @@ def make_loader(
         shuffle=shuffle and sampler is None,
         sampler=sampler,
         collate_fn=DataCollatorWithPadding(tokenizer),
-        generator=generator,
+        generator=torch.Generator().manual_seed(seed),
     )

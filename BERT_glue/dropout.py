@@ -1,11 +1,10 @@
 """Dropout with cheap random bits, for training on a CPU: there, drawing is what most of dropout's time goes into.
 
-PyTorch draws one Bernoulli number per element, one after the other. Here 64 random bits serve four elements: each is
-dropped where its 16 bits, read as an integer, lie below 65536 · p. So the rate is p to within 1/131072, and elements
-that are kept are scaled by the inverse of their exact share, which leaves the mean as it is.
+PyTorch draws one Bernoulli number per element. Here 64 random bits serve four elements: each is dropped where its 16
+bits, read as an integer, lie below 65536 · p. So the rate is p to within 1/131072, and kept elements are scaled
+by the inverse of their exact share, which leaves the mean as it is.
 
-The attention function is transformers' "sdpa" but for training with dropout on a CPU, where PyTorch has no fused kernel
-either and forms the attention weights.
+The attention function is transformers' "sdpa" but for training with dropout on a CPU, which has no fused kernel for it.
 """
 
 from __future__ import annotations
@@ -25,9 +24,7 @@ LEVELS = 1 << 16
 def dropout_factor(x: Tensor, p: float) -> Tensor:
     """What dropout multiplies `x` by: 0 for dropped elements, the inverse of the kept share for the others.
 
-    Args:
-        x: gives shape and type; the draws come from PyTorch's global CPU generator.
-        p: rate, at which 65536 · p rounds to less than 65536.
+    The rate p is one at which 65536 · p rounds to less than 65536; the draws are of PyTorch's global CPU generator.
     """
     dropped, elements = round(p * LEVELS), x.numel()
     words = torch.empty((elements + 3) // 4, dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
@@ -66,20 +63,10 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention with cheap dropout of its weights, as a backend of transformers.
+    """Attention with cheap dropout of its weights, as a backend of transformers; it returns no weights, as sdpa.
 
-    Args:
-        module: the attention layer, of an encoder.
-        query: (B, H, N, D/H).
-        key: (B, H, N, D/H).
-        value: (B, H, N, D/H).
-        attention_mask: bool (B, 1, N, N), true where a token attends; None for everywhere.
-        dropout: rate; 0 in evaluation.
-        scaling: factor of the products of queries and keys.
-        **kwargs: for sdpa.
-
-    Returns:
-        (B, N, H, D/H), and no weights, as sdpa.
+    Queries, keys and values are (B, H, N, D/H), the result (B, N, H, D/H). The mask is bool (B, 1, N, N), true where a
+    token attends.
     """
     ours = dropout > 0 and query.device.type == "cpu" and scaling is not None
     ours &= attention_mask is None or attention_mask.dtype == torch.bool

@@ -1,10 +1,7 @@
 """The same training with less work: embedding rows and last-block tokens that nothing ever reads; cheap dropout.
 
-A GLUE task meets a fraction of the vocabulary. The other rows have a zero gradient in every step, so AdamW without
-weight decay never moves them: leaving them out of the gradient and of the optimizer changes no number.
-
-The head reads the first token. What the last block's feed-forward makes of the others goes nowhere, nor comes a
-gradient from there.
+A GLUE task meets a fraction of the vocabulary. Other rows have no gradient, and AdamW without weight decay never
+moves them. The head reads the first token: what the last block's feed-forward makes of the others goes nowhere.
 """
 
 from __future__ import annotations
@@ -26,12 +23,7 @@ from repro.errors import UserError
 
 
 class UsedRows(nn.Module):
-    """Stands in for an `nn.Embedding`; its state dict is the whole table's.
-
-    Args:
-        table: (V, D), the embedding that it replaces.
-        used: (U,), sorted token numbers that may be looked up.
-    """
+    """Stands in for the embedding `table`, (V, D), with its state dict; only the rows `used`, (U,), are trained."""
 
     def __init__(self, table: nn.Embedding, used: Tensor) -> None:
         super().__init__()
@@ -52,10 +44,6 @@ class UsedRows(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N) → (B, N, D); a token outside `used` is an index error."""
         return functional.embedding(self.row[tokens], self.weight, self.padding_idx)
-
-    def extra_repr(self) -> str:
-        """The sizes."""
-        return f"{len(self.used)} of {self.num_embeddings} rows, {self.embedding_dim}"
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         weight = self.weight.detach()
@@ -83,13 +71,7 @@ def used_tokens(splits: Iterable[Dataset], special: Iterable[int]) -> Tensor:
 
 
 def compact_embeddings(model: PreTrainedModel, used: Tensor) -> None:
-    """Replace the model's word embedding by one that holds only the rows in `used` as parameters.
-
-    Raises:
-        ValueError: the output layer shares the table, and needs all of it.
-    """
-    if model.get_output_embeddings() is not None:
-        raise ValueError(f"{type(model).__name__} predicts words: its output layer uses every row of the table")
+    """Replace a classifier's word embedding by one that holds only the rows in `used` as parameters."""
     model.set_input_embeddings(UsedRows(model.get_input_embeddings(), used))
 
 
@@ -109,30 +91,15 @@ def reads_all_tokens(model: PreTrainedModel) -> str | None:
 
 
 def skip_unread_tokens(model: PreTrainedModel) -> None:
-    """Run the feed-forward of BERT's last block on the first token alone.
-
-    Its result stands at every position, and only the first is right: for a model whose head reads no other.
-
-    Raises:
-        ValueError: see `reads_all_tokens`.
-    """
-    if reason := reads_all_tokens(model):
-        raise ValueError(reason)
+    """Run the feed-forward of BERT's last block on the first token alone, where `reads_all_tokens` has no objection."""
     last = model.base_model.encoder.layer[-1]
     last.intermediate.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :1],))  # (B, N, D) → (B, 1, D)
 
 
 def apply_speedups(config: Config, model: PreTrainedModel, rows: list[Dataset], special: Iterable[int]) -> None:
-    """Leave out work that training does not need, as far as the settings allow.
+    """Leave out work that training does not need; a switch that is not set is on where it changes nothing.
 
-    Args:
-        config: with the switches; those that are not set are on where they change nothing.
-        model: changed in place.
-        rows: tokenized rows of all splits; none where nothing is trained.
-        special: the tokenizer's special tokens.
-
-    Raises:
-        UserError: asked for where it would change numbers.
+    `rows` are the tokenized ones of all splits, none where nothing is trained; `special` the tokenizer's own tokens.
     """
     reason = reads_all_tokens(model)
     if config.skip_unread_tokens and reason:

@@ -1,26 +1,35 @@
-"""What BERT and ALBERT with ContraNorm share: the token mask's way to the layers, and the models with a head."""
+"""What BERT and ALBERT with ContraNorm share: sites in a vanilla model's layers, the token mask's way there, heads."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
-from BERT_glue.sites import token_mask_of
+from BERT_glue.sites import Sites, token_mask_of
 from contranorm import ContraStep
 
 
-class WithTokenMask:
-    """A model without head whose layers take the tokens that ContraNorm sees; stands before the vanilla class."""
+class ContraNormBody:
+    """A model without head whose layers carry ContraNorm; stands before the vanilla class."""
+
+    replacements: dict[type[nn.Module], type[nn.Module]]
+    """Vanilla class → the class in its place, which has the same parameters; one with `has_sites` gets its sites."""
+
+    def __init__(self, config: PretrainedConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config, add_pooling_layer=add_pooling_layer)
+        self.add_sites()
+
+    def add_sites(self) -> None:
+        """Change the layers' class in place: weights, and flags such as gradient checkpointing, stay as they are."""
+        for module in list(self.modules()):
+            module.__class__ = self.replacements.get(type(module), type(module))
+            if getattr(module, "has_sites", False):
+                module.sites = Sites(self.config)
+        self._no_split_modules = {kind.__name__ for kind in self.replacements.values()} | set(self._no_split_modules)
+        self.post_init()
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *others: Any, **kwargs: Any
@@ -35,29 +44,23 @@ class WithTokenMask:
             module.reset_parameters()
 
 
-class WithContraNormBody:
-    """A vanilla model with head whose body is exchanged for `body_class`; stands before the vanilla class."""
+def with_head(vanilla: type[PreTrainedModel], body: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The vanilla model with head as a class whose body is `body`, known to the Auto classes."""
 
-    body_class: type[PreTrainedModel]
-
-    def __init__(self, config: PretrainedConfig) -> None:
-        super().__init__(config)
-        pools = self.base_model.pooler is not None
-        setattr(self, self.base_model_prefix, self.body_class(config, add_pooling_layer=pools))
+    def init(self: PreTrainedModel, config: PretrainedConfig) -> None:
+        vanilla.__init__(self, config)
+        self.base_model.__class__ = body
+        self.base_model.add_sites()
         self.post_init()
 
-
-AUTO_CLASSES = (
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoModelForMaskedLM,
-    AutoModelForTokenClassification,
-)
+    doc = f"{vanilla.__name__} on {body.__name__}."
+    namespace = {"__init__": init, "__module__": body.__module__, "__doc__": doc, "config_class": body.config_class}
+    return register(type(f"ContraNorm{vanilla.__name__}", (vanilla,), namespace))
 
 
-def register(*models: type[PreTrainedModel]) -> None:
-    """Make transformers' Auto classes find an architecture: its models in the order of AUTO_CLASSES."""
-    config = models[0].config_class
-    AutoConfig.register(config.model_type, config)
-    for auto, model in zip(AUTO_CLASSES, models, strict=True):
-        auto.register(config, model)
+def register(model: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Make transformers' Auto class of the same task find the model."""
+    _, has_head, task = model.__name__.partition("For")
+    auto = getattr(transformers, f"AutoModelFor{task}" if has_head else "AutoModel")
+    auto.register(model.config_class, model)
+    return model

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AlbertForMaskedLM, AlbertForSequenceClassification, AlbertForTokenClassification, AlbertModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.albert.modeling_albert import AlbertAttention, AlbertLayer, eager_attention_forward
 from transformers.pytorch_utils import apply_chunking_to_forward
 
 from BERT_glue.configuration import ContraNormAlbertConfig
-from BERT_glue.modeling import WithContraNormBody, WithTokenMask, register
-from BERT_glue.sites import Sites
+from BERT_glue.modeling import ContraNormBody, register, with_head
 
 
 class ContraNormAlbertAttention(AlbertAttention):
@@ -27,7 +26,7 @@ class ContraNormAlbertAttention(AlbertAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Context (B, N, D) and, where the backend forms them, the attention weights (B, H, N, N)."""
         batch, tokens = hidden_states.shape[:2]
-        heads = (batch, tokens, self.num_attention_heads, self.attention_head_size)
+        heads = (batch, tokens, -1, self.attention_head_size)
         query, key, value = (
             project(hidden_states).view(heads).transpose(1, 2)  # (B, H, N, D/H)
             for project in (self.query, self.key, self.value)
@@ -43,10 +42,7 @@ class ContraNormAlbertAttention(AlbertAttention):
 class ContraNormAlbertLayer(AlbertLayer):
     """ALBERT's post-LN block with its eight sites."""
 
-    def __init__(self, config: ContraNormAlbertConfig) -> None:
-        super().__init__(config)
-        self.attention = ContraNormAlbertAttention(config)
-        self.sites = Sites(config)
+    has_sites = True
 
     def forward(
         self,
@@ -55,16 +51,10 @@ class ContraNormAlbertLayer(AlbertLayer):
         token_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """One block.
+        """One block: hidden states (B, N, D) → (B, N, D).
 
-        Args:
-            hidden_states: (B, N, D).
-            attention_mask: in the form of the attention backend.
-            token_mask: bool (B, N), the tokens that ContraNorm sees; None for all.
-            **kwargs: for the attention backend.
-
-        Returns:
-            (B, N, D).
+        `attention_mask` is in the form of the attention backend; `token_mask`, bool (B, N), are the tokens that
+        ContraNorm sees.
         """
         attention = self.attention
 
@@ -82,39 +72,14 @@ class ContraNormAlbertLayer(AlbertLayer):
         return self.sites("ffn_norm", self.full_layer_layer_norm(y), token_mask)
 
 
-class ContraNormAlbertModel(WithTokenMask, AlbertModel):
+class ContraNormAlbertModel(ContraNormBody, AlbertModel):
     """AlbertModel whose layers carry ContraNorm."""
 
     config_class = ContraNormAlbertConfig
-
-    def __init__(self, config: ContraNormAlbertConfig, add_pooling_layer: bool = True) -> None:
-        super().__init__(config, add_pooling_layer=add_pooling_layer)
-        for group in self.encoder.albert_layer_groups:
-            group.albert_layers = nn.ModuleList(ContraNormAlbertLayer(config) for _ in group.albert_layers)
-        self.post_init()
+    replacements = {AlbertLayer: ContraNormAlbertLayer, AlbertAttention: ContraNormAlbertAttention}
 
 
-class ContraNormAlbertForSequenceClassification(WithContraNormBody, AlbertForSequenceClassification):
-    """ContraNorm-ALBERT with a classification or regression head on the pooled first token."""
-
-    config_class, body_class = ContraNormAlbertConfig, ContraNormAlbertModel
-
-
-class ContraNormAlbertForMaskedLM(WithContraNormBody, AlbertForMaskedLM):
-    """ContraNorm-ALBERT with the masked-language-model head."""
-
-    config_class, body_class = ContraNormAlbertConfig, ContraNormAlbertModel
-
-
-class ContraNormAlbertForTokenClassification(WithContraNormBody, AlbertForTokenClassification):
-    """ContraNorm-ALBERT with a classification head on every token."""
-
-    config_class, body_class = ContraNormAlbertConfig, ContraNormAlbertModel
-
-
-register(
-    ContraNormAlbertModel,
-    ContraNormAlbertForSequenceClassification,
-    ContraNormAlbertForMaskedLM,
-    ContraNormAlbertForTokenClassification,
-)
+register(ContraNormAlbertModel)
+ContraNormAlbertForSequenceClassification = with_head(AlbertForSequenceClassification, ContraNormAlbertModel)
+ContraNormAlbertForMaskedLM = with_head(AlbertForMaskedLM, ContraNormAlbertModel)
+ContraNormAlbertForTokenClassification = with_head(AlbertForTokenClassification, ContraNormAlbertModel)

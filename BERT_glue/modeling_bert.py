@@ -7,46 +7,34 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.pytorch_utils import apply_chunking_to_forward
 
 from BERT_glue.configuration import ContraNormBertConfig
-from BERT_glue.modeling import WithContraNormBody, WithTokenMask, register
-from BERT_glue.sites import Sites
+from BERT_glue.modeling import ContraNormBody, register, with_head
 
 
 class ContraNormBertLayer(BertLayer):
     """BERT's post-LN block with its eight sites."""
 
-    def __init__(self, config: ContraNormBertConfig, layer_idx: int | None = None) -> None:
-        super().__init__(config, layer_idx)
-        self.sites = Sites(config)
+    has_sites = True
 
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        past_key_values: object | None = None,
+        encoder_hidden_states: None = None,
+        encoder_attention_mask: None = None,
+        past_key_values: None = None,
         token_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """One block; the encoder_* arguments and the cache belong to decoders, which the configuration refuses.
+        """One block: hidden states (B, N, D) → (B, N, D).
 
-        Args:
-            hidden_states: (B, N, D).
-            attention_mask: in the form of the attention backend.
-            encoder_hidden_states: None.
-            encoder_attention_mask: None.
-            past_key_values: None.
-            token_mask: bool (B, N), the tokens that ContraNorm sees; None for all.
-            **kwargs: for the attention backend.
-
-        Returns:
-            (B, N, D).
+        `attention_mask` is in the form of the attention backend; `token_mask`, bool (B, N), are the tokens that
+        ContraNorm sees. The encoder_* arguments and the cache belong to decoders, which the configuration refuses.
         """
         attention, output = self.attention.output, self.output
 
@@ -67,40 +55,14 @@ class ContraNormBertLayer(BertLayer):
         return self.output.dropout(self.output.dense(self.intermediate(x)))
 
 
-class ContraNormBertModel(WithTokenMask, BertModel):
+class ContraNormBertModel(ContraNormBody, BertModel):
     """BertModel whose layers carry ContraNorm."""
 
     config_class = ContraNormBertConfig
-    _no_split_modules = ["BertEmbeddings", "ContraNormBertLayer"]
-
-    def __init__(self, config: ContraNormBertConfig, add_pooling_layer: bool = True) -> None:
-        super().__init__(config, add_pooling_layer=add_pooling_layer)
-        layers = [ContraNormBertLayer(config, layer_idx=i) for i in range(config.num_hidden_layers)]
-        self.encoder.layer = nn.ModuleList(layers)
-        self.post_init()
+    replacements = {BertLayer: ContraNormBertLayer}
 
 
-class ContraNormBertForSequenceClassification(WithContraNormBody, BertForSequenceClassification):
-    """ContraNorm-BERT with a classification or regression head on the pooled first token."""
-
-    config_class, body_class = ContraNormBertConfig, ContraNormBertModel
-
-
-class ContraNormBertForMaskedLM(WithContraNormBody, BertForMaskedLM):
-    """ContraNorm-BERT with the masked-language-model head."""
-
-    config_class, body_class = ContraNormBertConfig, ContraNormBertModel
-
-
-class ContraNormBertForTokenClassification(WithContraNormBody, BertForTokenClassification):
-    """ContraNorm-BERT with a classification head on every token."""
-
-    config_class, body_class = ContraNormBertConfig, ContraNormBertModel
-
-
-register(
-    ContraNormBertModel,
-    ContraNormBertForSequenceClassification,
-    ContraNormBertForMaskedLM,
-    ContraNormBertForTokenClassification,
-)
+register(ContraNormBertModel)
+ContraNormBertForSequenceClassification = with_head(BertForSequenceClassification, ContraNormBertModel)
+ContraNormBertForMaskedLM = with_head(BertForMaskedLM, ContraNormBertModel)
+ContraNormBertForTokenClassification = with_head(BertForTokenClassification, ContraNormBertModel)

@@ -6,7 +6,6 @@ import importlib.util
 import re
 from pathlib import Path
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -22,21 +21,17 @@ import BERT_glue.modeling_albert
 import BERT_glue.modeling_bert  # noqa: F401 - registered with the Auto classes
 from BERT_glue.config import Config
 from BERT_glue.configuration import CONFIGS, with_contranorm, without_contranorm
-from BERT_glue.sites import active_sites, site_step
+from BERT_glue.data import reason
+from BERT_glue.sites import active_sites
 from BERT_glue.tasks import Task
 from repro.errors import UserError
 
-# A checkpoint may lack these, which fine-tuning trains from scratch, and nothing else.
-HEAD = ("classifier.", "bert.pooler.", "albert.pooler.")
-LEARNABLE_STEP = re.compile(r"\.sites\.\w+\.step$")
+# A checkpoint may lack the head and a learnable step, which fine-tuning trains from scratch, and nothing else.
+UNTRAINED = re.compile(r"^classifier\.|^(al)?bert\.pooler\.|\.sites\.\w+\.step$")
 
 
 def resolve(name: str) -> str:
-    """The folder of `minilm`, which a package carries; any other name as it is.
-
-    Raises:
-        UserError: the package is not installed.
-    """
+    """The folder of `minilm`, which a package carries; any other name as it is."""
     if name != "minilm":
         return name
     # find_spec, since importing the package would import sentence-transformers
@@ -47,25 +42,22 @@ def resolve(name: str) -> str:
 
 
 def load_backbone(config: Config, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model with ContraNorm at the sites asked for, and its tokenizer.
-
-    Without a site it is transformers' own class.
+    """Model with ContraNorm at the sites asked for (none: transformers' own class), and its tokenizer.
 
     Raises:
-        UserError: no such checkpoint, another architecture, weights that do not fit the architecture or the task,
-            sites that are not there after building.
+        UserError: no such checkpoint, another architecture, weights or settings that do not fit.
     """
     name = resolve(config.model_name_or_path)
+    flag = f"--model_name_or_path {name}"
     try:
         vanilla = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"--model_name_or_path {name}: {_reason(error)}") from error
+        raise UserError(f"{flag}: {reason(error)}") from error
     architecture = vanilla.model_type.removeprefix("contranorm_")
     if architecture not in CONFIGS:
-        known = " or ".join(CONFIGS)
-        raise UserError(f"--model_name_or_path {name}: model type {architecture!r}, ContraNorm is built into {known}")
-    _check_fit(vanilla, tokenizer, config, task, name)
+        raise UserError(f"{flag}: model type {architecture!r}, ContraNorm is built into {' or '.join(CONFIGS)}")
+    _check_fit(vanilla, tokenizer, config, task)
 
     config.architecture = architecture
     sites = config.sites_in(architecture)
@@ -74,21 +66,18 @@ def load_backbone(config: Config, task: Task) -> tuple[PreTrainedModel, PreTrain
         raise UserError(
             f"{name} was trained with ContraNorm at {trained}: add --sites {trained}, or --pos 0 to drop it"
         )
-    model_config = _configure(vanilla, config, task, sites)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name,
-            config=model_config,
+            config=_configure(vanilla, config, task, sites),
             attn_implementation=config.attn_implementation,
             use_safetensors=True,  # never a pickle
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--model_name_or_path {name}: weights not loaded: {_reason(error)}") from error
-    new = [key for key in info["missing_keys"] if key.startswith(HEAD) or LEARNABLE_STEP.search(key)]
-    missing = sorted(set(info["missing_keys"]) - set(new))
-    if missing:
-        raise UserError(f"--model_name_or_path {name}: the checkpoint has no weights for {missing[0]} and others")
+        raise UserError(f"{flag}: weights not loaded: {reason(error)}") from error
+    if missing := sorted(key for key in info["missing_keys"] if not UNTRAINED.search(key)):
+        raise UserError(f"{flag}: the checkpoint has no weights for {missing[0]} and others")
     check_sites(model, sites)
     return model, tokenizer
 
@@ -100,26 +89,21 @@ def _configure(vanilla: PretrainedConfig, config: Config, task: Task, sites: lis
         "label2id": {label: number for number, label in enumerate(labels)},
         "problem_type": None if task.labels else "regression",
     }
-    if config.num_hidden_layers is not None:
-        changes["num_hidden_layers"] = config.num_hidden_layers
+    changes |= {"num_hidden_layers": config.num_hidden_layers or vanilla.num_hidden_layers, "sites": sites}
     if sites:
         switches = {name: value for name, value in config.switches().items() if value is not None}
-        changes |= {"sites": sites, "scale": config.scale, "include_padding": config.include_padding, **switches}
+        changes |= {"scale": config.scale, "include_padding": config.include_padding, **switches}
     try:
-        built = with_contranorm(vanilla, **({"sites": []} | changes))
-        if sites:  # one step: refuses switches that no kernel can do together
-            site_step(built)(torch.ones(1, 2, built.hidden_size), torch.ones(1, 2, dtype=torch.bool))
+        built = with_contranorm(vanilla, **changes)
     except (ValueError, StrictDataclassError) as error:
-        raise UserError(f"these settings do not go together: {_reason(error)}") from error
+        raise UserError(f"these settings do not go together: {reason(error)}") from error
     return built if sites else without_contranorm(built)
 
 
-def _check_fit(
-    vanilla: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, config: Config, task: Task, name: str
-) -> None:
+def _check_fit(vanilla: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, config: Config, task: Task) -> None:
     """Refuse what would otherwise end in an index error, or in a head of the wrong size."""
-    if (config.max_length or 0) > vanilla.max_position_embeddings:
-        limit = vanilla.max_position_embeddings
+    name = config.model_name_or_path
+    if (config.max_length or 0) > (limit := vanilla.max_position_embeddings):
         raise UserError(f"--max_length {config.max_length}: {name} has {limit} positions")
     if len(tokenizer) > vanilla.vocab_size:
         raise UserError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {vanilla.vocab_size}")
@@ -127,18 +111,13 @@ def _check_fit(
     classifier = any(a.endswith("ForSequenceClassification") for a in vanilla.architectures or ())
     if classifier and vanilla.num_labels != wanted:
         raise UserError(f"{name}: its classifier has {vanilla.num_labels} labels, the task has {wanted}")
-    depth = config.num_hidden_layers
-    if depth and "albert" not in vanilla.model_type and depth > vanilla.num_hidden_layers:
-        there = vanilla.num_hidden_layers
+    depth, there = config.num_hidden_layers or 0, vanilla.num_hidden_layers
+    if "albert" not in vanilla.model_type and depth > there:
         raise UserError(f"--num_hidden_layers {depth}: {name} has weights for {there} layers")
 
 
 def check_sites(model: PreTrainedModel, sites: list[str]) -> None:
-    """Refuse a model whose layers do not carry ContraNorm at exactly these sites.
-
-    Raises:
-        UserError: names the layer.
-    """
+    """Refuse a model whose layers do not carry ContraNorm at exactly these sites."""
     found = active_sites(model)
     layers = [n for n, m in model.named_modules() if type(m).__name__.endswith(("BertLayer", "AlbertLayer"))]
     wrong = [layer for layer in layers if found.get(layer, []) != sites]
@@ -156,14 +135,8 @@ def describe(model: PreTrainedModel) -> str:
     x = "x̂" if c.pre_norm else "x"
     step = f"s·{x}·softmax(x̂ᵀx̂/τ)" if c.axis == "features" else f"s·A·{x}"
     form = f"(1+s)·{x} - {step}" if c.identity else f"{x} - {step}"
-    padding = "padding takes part" if c.include_padding else "padding left out"
-    more = "".join(f", {name}" for name in ("symmetric", "learnable", "positive") if getattr(c, name))
-    lines = [f"{type(model).__name__}: ContraNorm {form}, s={c.scale}, tau={c.tau}, {padding}{more}"]
+    more = ["padding takes part" if c.include_padding else "padding left out"]
+    more += [name for name in ("symmetric", "learnable", "positive") if getattr(c, name)]
+    lines = [f"{type(model).__name__}: ContraNorm {form}, s={c.scale}, tau={c.tau}, {', '.join(more)}"]
     shared = "  (shared by all depths)" if "albert" in c.model_type else ""
     return "\n".join(lines + [f"  {layer}: {', '.join(sites)}{shared}" for layer, sites in found.items()])
-
-
-def _reason(error: BaseException) -> str:
-    """The last line of a validation error, the first of any other: where the reason stands."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
-    return (lines[-1] if isinstance(error, StrictDataclassError) else lines[0])[:300]

@@ -16,10 +16,9 @@ def as_predictions(logits: Tensor, task: Task) -> Tensor:
 
 
 def tsv(predictions: Tensor, task: Task, file: str) -> str:
-    """The text of one file: a header, then index and prediction, counted from 0.
+    """One file: the server wants label names for entailment tasks, else numbers, scores from 0 to 5 for STS-B.
 
-    The server wants label names for entailment tasks, numbers for the others, and scores from 0 to 5 for STS-B. For
-    own data, classes are written by name.
+    For own data, classes are written by name.
     """
     lines = ["index\tprediction"]
     for index, value in enumerate(predictions.tolist()):

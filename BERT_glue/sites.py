@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from contranorm import ContraStep
+from contranorm.options import check_switches
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,11 +41,7 @@ DIGITS = {
 
 
 def check_settings(config: PretrainedConfig) -> None:
-    """Refuse ContraNorm settings that mean nothing or contradict each other.
-
-    Raises:
-        ValueError: the message names the field, what it holds and what it may hold.
-    """
+    """Refuse ContraNorm settings that mean nothing or contradict each other, with a ValueError that names the field."""
     unknown = [site for site in config.sites if site not in SITES]
     if unknown:
         raise ValueError(f"unknown site {unknown[0]!r}; the sites are {', '.join(SITES)}")
@@ -52,10 +49,7 @@ def check_settings(config: PretrainedConfig) -> None:
         raise ValueError(f"sites names a site twice: {', '.join(config.sites)}")
     if config.sites and config.scale is None:
         raise ValueError("sites without scale: ContraNorm's step size has no default, give scale=0.01 or the like")
-    if not config.tau > 0:
-        raise ValueError(f"tau must be > 0, got {config.tau}")
-    if config.positive and not (config.learnable and (config.scale or 0) > 0):
-        raise ValueError("positive trains the step's logarithm: it needs learnable=True and scale > 0")
+    check_switches(scale=config.scale or 0.0, tau=config.tau, learnable=config.learnable, positive=config.positive)
     in_chunks = [site for site in config.sites if site in FEED_FORWARD_SITES]
     if config.chunk_size_feed_forward > 0 and in_chunks:
         raise ValueError(
@@ -66,16 +60,12 @@ def check_settings(config: PretrainedConfig) -> None:
         raise ValueError("ContraNorm mixes all tokens of a sequence, later ones too: it cannot stand in a decoder")
 
 
-def site_step(config: PretrainedConfig) -> ContraStep:
-    """ContraNorm's step at one site, without a LayerNorm of its own; its only parameter is a learnable step."""
-    return ContraStep(config.scale, dim=config.hidden_size, **config.switches())
-
-
 class Sites(nn.ModuleDict):
     """The sites of one layer that are on, by name; calling it at a site that is off returns x itself."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        super().__init__({site: site_step(config) for site in config.sites})
+        steps = {site: ContraStep(config.scale, dim=config.hidden_size, **config.switches()) for site in config.sites}
+        super().__init__(steps)
 
     def forward(self, site: str, x: Tensor, token_mask: Tensor | None) -> Tensor:
         """The features after the named site; (B, N, D)."""
@@ -87,15 +77,8 @@ class Sites(nn.ModuleDict):
 def token_mask_of(config: PretrainedConfig, attention_mask: Tensor | None) -> Tensor | None:
     """The tokens that take part in ContraNorm: bool (B, N), or None for all of them.
 
-    The attention backend turns the tokenizer's mask into whatever its kernel wants (None, bool, float; four axes), so
-    the mask for ContraNorm is taken from the tokenizer's own, before that.
-
-    Args:
-        config: with `sites` and `include_padding`.
-        attention_mask: the tokenizer's (B, N), non-zero for real tokens; None when nothing is padded.
-
-    Raises:
-        ValueError: a site is on and the mask has other axes: which tokens are padding cannot be read off it.
+    Taken from the tokenizer's mask (B, N), before the attention backend turns it into what its kernel wants. A mask
+    with other axes is a ValueError where a site is on: which tokens are padding cannot be read off it.
     """
     if attention_mask is None or config.include_padding or not config.sites:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from BERT_glue.config import Config
 from BERT_glue.data import load_splits, make_loader, tokenize
 from BERT_glue.efficiency import apply_speedups, trained_tokens
-from BERT_glue.metric import GlueMetric
+from BERT_glue.metric import glue_metrics
 from BERT_glue.models import load_backbone
 from BERT_glue.predict import as_predictions
 from BERT_glue.tasks import Task
@@ -40,13 +41,10 @@ class TrainingSetup:
     task: Task
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    parameters: int
-    """Of the model as it is saved; fewer may be trained."""
+    parameters: int  # of the model as it is saved; fewer may be trained
     train: DataLoader[Any] | None
-    validation: dict[str, DataLoader[Any]]
-    """Suffix of the metrics → batches."""
-    test: dict[str, DataLoader[Any]]
-    """Name of the TSV file → batches."""
+    validation: dict[str, DataLoader[Any]]  # suffix of the metrics → batches
+    test: dict[str, DataLoader[Any]]  # name of the TSV file → batches
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     total_steps: int
@@ -79,19 +77,13 @@ def make_accelerator(config: Config) -> Accelerator:
         )
     except ValueError as error:
         raise UserError(f"--mixed_precision {config.mixed_precision}: {error}") from error
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
-        raise UserError(
-            f"started as one of {os.environ['WORLD_SIZE']} processes that do not find each other; use torchrun"
-        )
+    if accelerator.num_processes != (started := int(os.environ.get("WORLD_SIZE", "1"))):
+        raise UserError(f"started as one of {started} processes that do not find each other; use torchrun")
     return accelerator
 
 
 def prepare(config: Config, accelerator: Accelerator) -> TrainingSetup:
-    """Load and check data and model, before anything is written.
-
-    Raises:
-        UserError: whatever does not fit.
-    """
+    """Load and check data and model, before anything is written; a UserError for whatever does not fit."""
     with accelerator.main_process_first():  # the others find the tokenized rows in the cache
         splits = load_splits(config)
         seed_everything(config.seed)  # the head's first weights
@@ -102,45 +94,34 @@ def prepare(config: Config, accelerator: Accelerator) -> TrainingSetup:
             pad, workers = config.pad_to_max_length, config.preprocessing_num_workers
             return tokenize(rows, splits.task, tokenizer, length, pad=pad, workers=workers)
 
-        rows = None if splits.train is None else encode(splits.train)
+        rows = encode(splits.train) if splits.train else None
         validation = {suffix: encode(split) for suffix, split in splits.validation.items()}
         test = {file: encode(split) for file, split in splits.test.items()}
     parameters = sum(p.numel() for p in model.parameters())
-    met = [] if rows is None else [rows, *validation.values(), *test.values()]
-    apply_speedups(config, model, met, tokenizer.all_special_ids)
+    read = [rows, *validation.values(), *test.values()] if rows else []
+    apply_speedups(config, model, read, tokenizer.all_special_ids)
 
     groups = parameter_groups(model, config.weight_decay)
     # None, not False: PyTorch then still joins the tensors of a step where it can
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=config.fused_optimizer or None)
-    train_loader = None
-    if rows is not None:
-        size, bucket = config.per_device_train_batch_size, config.group_by_length
-        train_loader = make_loader(rows, tokenizer, size, seed=config.seed, shuffle=True, group_by_length=bucket)
-        train_loader = accelerator.prepare(train_loader)
 
-    def evaluation_loader(rows: Dataset) -> DataLoader[Any]:
-        return accelerator.prepare(make_loader(rows, tokenizer, config.per_device_eval_batch_size, seed=config.seed))
+    def loader(rows: Dataset, size: int, **how: bool) -> DataLoader[Any]:
+        return accelerator.prepare(make_loader(rows, tokenizer, size, seed=config.seed, **how))
 
-    steps = 0
-    if train_loader is not None:
-        steps = -(-len(train_loader) // config.gradient_accumulation_steps) * config.num_train_epochs
+    train, steps, size = None, 0, config.per_device_eval_batch_size
+    if rows:
+        by_length = config.group_by_length
+        train = loader(rows, config.per_device_train_batch_size, shuffle=True, group_by_length=by_length)
+        steps = math.ceil(len(train) / config.gradient_accumulation_steps) * config.num_train_epochs
+    validation = {suffix: loader(rows, size) for suffix, rows in validation.items()}
+    test = {file: loader(rows, size) for file, rows in test.items()}
     steps = min(steps, config.max_train_steps or steps)
     scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.num_warmup_steps, steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     return TrainingSetup(
-        config=config,
-        accelerator=accelerator,
-        task=splits.task,
-        model=model,
-        tokenizer=tokenizer,
-        parameters=parameters,
-        train=train_loader,
-        validation={suffix: evaluation_loader(rows) for suffix, rows in validation.items()},
-        test={file: evaluation_loader(rows) for file, rows in test.items()},
-        optimizer=optimizer,
-        scheduler=scheduler,
-        total_steps=steps,
-    )
+        config, accelerator, splits.task, model, tokenizer, parameters, train, validation, test, optimizer, scheduler,
+        steps,
+    )  # fmt: skip
 
 
 def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
@@ -195,13 +176,7 @@ def train(setup: TrainingSetup, run: Run) -> Progress:
 
 
 def train_batch(setup: TrainingSetup, batch: dict[str, Tensor], number: int) -> Tensor:
-    """Forward, backward and, at the end of a group of batches, the optimizer's step; returns the loss.
-
-    Args:
-        setup: with the loader that the batch is from.
-        batch: on the model's device.
-        number: of the batch in its epoch, from 0.
-    """
+    """The loss of batch `number` of its epoch, after backward and, at the end of a group, the optimizer's step."""
     # accelerate divides the gradient by the group's nominal size: an epoch's last group may be shorter
     size = setup.config.gradient_accumulation_steps
     weight = size / min(size, len(setup.train) - number // size * size)
@@ -233,9 +208,7 @@ def evaluate(setup: TrainingSetup) -> dict[str, float]:
     name = setup.config.task_name or ("classification" if setup.task.labels else "regression")
     metrics: dict[str, float] = {}
     for suffix, loader in setup.validation.items():
-        predictions, references = predict(setup, loader)
-        measure = GlueMetric(config_name=name, keep_in_memory=True)
-        found = measure.compute(predictions=predictions, references=references)
+        found = glue_metrics(name, *predict(setup, loader))
         metrics |= {key + suffix: value for key, value in found.items()}
     return {**metrics, "score": sum(metrics.values()) / len(metrics)}
 
@@ -259,11 +232,7 @@ def checkpoint_state(setup: TrainingSetup, progress: Progress) -> dict[str, Any]
 
 
 def restore(setup: TrainingSetup, run: Run) -> Progress:
-    """Load the run's last checkpoint, if it has one, into the setup; says how far it was.
-
-    Raises:
-        UserError: the run was started with another number of processes, or on other texts.
-    """
+    """Load the run's last checkpoint, if it has one, into the setup; says how far it was."""
     progress = Progress(torch.zeros((), device=setup.accelerator.device))
     found = run.restore()
     if found is None:

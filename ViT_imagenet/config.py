@@ -178,14 +178,13 @@ class Config(ContraNormOptions, RunConfig):
             if not self.scale:
                 raise ValueError("--norm contra needs a step, such as --scale 0.1; the vanilla DeiT is --norm vanilla")
             self.identity = bool(self.identity)  # Eq. 6 unless asked for: the released form for images
+            self.check_switches()
         else:
             if given := [name for name in self.changed_switches() if getattr(self, name)]:
                 raise ValueError(f"--norm vanilla has no ContraNorm, so --{given[0]} has no meaning: drop one of them")
             self.last_norm = "vanilla"
         if self.data_set == "CIFAR":
             self.data_set = "CIFAR100"
-        if self.positive and not (self.learnable and (self.scale or 0) > 0):
-            raise ValueError("--positive needs --learnable and a --scale above 0")
         for name in ("depth", "epochs", "batch_size", "accumulate", "eval_every", "recount"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
@@ -197,11 +196,9 @@ class Config(ContraNormOptions, RunConfig):
                 raise ValueError(f"--{name} must be between 0 and 1, got {getattr(self, name)}")
         if not 0 <= self.smoothing < 1 or not 0 <= self.model_ema_decay < 1:
             raise ValueError("--smoothing and --model_ema_decay must be at least 0 and below 1")
-        for name in ("tau", "lr", "eval_crop_ratio", "distillation_tau"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
-        for name in ("max_train_samples", "max_test_samples", "input_size", "clip_grad"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
+        for name in ("lr", "eval_crop_ratio", "distillation_tau", "max_train_samples", "max_test_samples", "input_size",
+                     "clip_grad"):  # fmt: skip
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"Mixup and CutMix pair images: --batch_size must be even, got {self.batch_size}")

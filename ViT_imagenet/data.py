@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torchvision.datasets as tv
 from PIL import Image
+from torch.utils.data import Dataset, Subset
 
 from repro.errors import UserError
 from ViT_imagenet.config import Config
@@ -29,7 +30,7 @@ PLACES = {
     "TINY": ("images/tiny_imagenet", "images/tiny_imagenet_100", "tiny-imagenet-200"),
     "FOLDER": (),
 }
-SPLITS = {"train": ("train",), "eval": ("val", "validation", "test")}
+EVALUATION_SPLITS = ("val", "validation", "test")
 # ImageNet-100 as in "Contrastive Multiview Coding" (Tian, Krishnan, Isola): imagenet100.txt of HobbitLong/CMC.
 # ContraNorm's authors use the same classes in PKU-ML/Message-Passing-Contrastive-Learning.
 IMAGENET100 = Path(__file__).with_name("imagenet100_classes.txt")
@@ -42,60 +43,50 @@ class BadImageError(Exception):
     """An image that cannot be decoded; the message names it."""
 
 
-class ImageSource:
-    """Images by number, undecoded until asked for."""
-
-    def __init__(self, classes: list[str], labels: Sequence[int] | np.ndarray) -> None:
-        self.classes = classes
-        self.labels = np.asarray(labels, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def label(self, index: int) -> int:
-        """Class number of an image, without decoding it."""
-        return int(self.labels[index])
-
-    def image(self, index: int) -> Image.Image:
-        """The image as RGB.
-
-        Raises:
-            BadImageError: it cannot be decoded.
-        """
-        raise NotImplementedError
+# Images by number, decoded when asked for: (RGB image, class number), or a BadImageError.
+Images = Dataset[tuple[Image.Image, int]]
 
 
-def _decode(data: Any, name: str) -> Image.Image:
+def decode(data: Any, name: str | None = None) -> Image.Image:
+    """The image in a file or buffer as RGB, whether it is stored as greyscale, palette or CMYK.
+
+    Raises:
+        BadImageError: it cannot be decoded.
+    """
     try:
         with Image.open(data) as image:
-            return image.convert("RGB")  # greyscale, palette and CMYK images too
+            return image.convert("RGB")
     except _DECODE_ERRORS as error:
-        raise BadImageError(f"{name} ({error})") from error
+        raise BadImageError(f"{name or data} ({error})") from error
 
 
-class Files(ImageSource):
+class Files(Images):
     """Images in files."""
 
     def __init__(self, samples: Sequence[tuple[str, int]], classes: list[str]) -> None:
-        super().__init__(classes, [label for _, label in samples])
+        self.classes = classes
         self._paths = np.array([os.fsencode(path) for path, _ in samples])  # one block that workers share
+        self._labels = np.array([label for _, label in samples])
 
-    def image(self, index: int) -> Image.Image:
-        """The decoded file."""
-        path = os.fsdecode(self._paths[index])
-        return _decode(path, path)
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return decode(os.fsdecode(self._paths[index])), int(self._labels[index])
 
 
-class Parquet(ImageSource):
+class Parquet(Images):
     """Parquet files in the Hugging Face image schema: a column of encoded images and one of class labels."""
 
     def __init__(self, files: list[Path]) -> None:
+        self._name = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
         try:
             table = datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train")
         except Exception as error:  # pyarrow and datasets raise many types for a damaged file
             reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-            names = files[0] if len(files) == 1 else f"{files[0].parent}/{files[0].name} and {len(files) - 1} more"
-            raise UserError(f"{names}: not readable as parquet ({reason[0]}): fetch the original again") from error
+            raise UserError(
+                f"{files[0].parent}/{self._name}: not readable as parquet ({reason[0]}): fetch the original again"
+            ) from error
         features = table.features
         images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
         labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
@@ -103,97 +94,55 @@ class Parquet(ImageSource):
             raise UserError(
                 f"{files[0]}: needs one Image and one ClassLabel column, has {dict(features)}: not an image data set"
             )
-        self._name = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
-        if any(label is None for label in table[labels[0]]):
-            raise UserError(f"{self._name}: rows without a label")
-        super().__init__(list(features[labels[0]].names), table[labels[0]])
-        self._images = table.cast_column(images[0], datasets.Image(decode=False)).select_columns(images)
-        self._column = images[0]
-        if len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
-            raise UserError(f"{self._name}: labels outside 0..{len(self.classes) - 1}")
+        self.classes: list[str] = list(features[labels[0]].names)
+        if any(label is None or not 0 <= label < len(self.classes) for label in table[labels[0]]):
+            raise UserError(f"{self._name}: rows without a label, or with one outside 0..{len(self.classes) - 1}")
+        table = table.cast_column(images[0], datasets.Image(decode=False))
+        self._rows = table.select_columns([*images, *labels]).rename_columns({images[0]: "image", labels[0]: "label"})
 
-    def image(self, index: int) -> Image.Image:
-        """The decoded row."""
-        data = self._images[index][self._column]["bytes"]
-        return _decode(io.BytesIO(data or b""), f"{self._name}, row {index}")
+    def __len__(self) -> int:
+        return len(self._rows)
 
-
-class Arrays(ImageSource):
-    """Images that are decoded already: (N, H, W, 3) uint8."""
-
-    def __init__(self, images: np.ndarray, labels: Sequence[int], classes: list[str]) -> None:
-        super().__init__(classes, labels)
-        self._images = images
-
-    def image(self, index: int) -> Image.Image:
-        """The pixels as an image."""
-        return Image.fromarray(self._images[index])
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        row = self._rows[index]
+        return decode(io.BytesIO(row["image"]["bytes"] or b""), f"{self._name}, row {index}"), row["label"]
 
 
-class Subset(ImageSource):
-    """The images of `source` with the numbers in `order`."""
+class Cached(Images):
+    """Every image decoded once and kept, three bytes a pixel, which forked workers share; bad ones as their error."""
 
-    def __init__(self, source: ImageSource, order: Sequence[int]) -> None:
-        self.source = source
-        self.order = np.asarray(order, dtype=np.int64)
-        super().__init__(source.classes, source.labels[self.order])
-
-    def image(self, index: int) -> Image.Image:
-        """The image."""
-        return self.source.image(int(self.order[index]))
-
-
-class Cached(ImageSource):
-    """Every image decoded once and kept: N·H·W·3 bytes, which forked workers share. Bad ones stay undecoded."""
-
-    def __init__(self, source: ImageSource) -> None:
-        super().__init__(source.classes, source.labels)
-        self.source = source
-        self._bad: set[int] = set()
-        self._pixels: np.ndarray | None = None
-        for index in range(len(source)):
+    def __init__(self, source: Images) -> None:
+        self._samples: list[tuple[np.ndarray, int] | BadImageError] = []
+        for index in range(len(source)):  # type: ignore[arg-type]
             try:
-                pixels = np.asarray(source.image(index))  # (H, W, 3)
-            except BadImageError:
-                self._bad.add(index)
-                continue
-            if self._pixels is None:
-                self._pixels = np.zeros((len(source), *pixels.shape), dtype=np.uint8)
-            if pixels.shape != self._pixels.shape[1:]:
-                raise UserError(
-                    f"--cache needs images of one size; image {index} is {pixels.shape[1]}x{pixels.shape[0]}, others "
-                    f"{self._pixels.shape[2]}x{self._pixels.shape[1]}: drop --cache"
-                )
-            self._pixels[index] = pixels
+                image, label = source[index]
+                self._samples.append((np.asarray(image), label))  # (H, W, 3)
+            except BadImageError as error:
+                self._samples.append(error)
 
-    def image(self, index: int) -> Image.Image:
-        """The kept pixels, or the source's error."""
-        if self._pixels is None or index in self._bad:
-            return self.source.image(index)
-        return Image.fromarray(self._pixels[index])
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        sample = self._samples[index]
+        if isinstance(sample, BadImageError):
+            raise sample
+        return Image.fromarray(sample[0]), sample[1]
 
 
 @dataclass
 class ImageData:
-    """The two halves of a data set."""
+    """The two halves of a data set; `classes` are in the order of their numbers."""
 
-    train: ImageSource
-    test: ImageSource
+    train: Images
+    test: Images
+    classes: list[str]
     name: str
     test_split: str
 
-    @property
-    def classes(self) -> list[str]:
-        """Class names in the order of their numbers."""
-        return self.train.classes
-
 
 def load_data(config: Config) -> ImageData:
-    """The data set that the config names.
-
-    Raises:
-        UserError: it is not there, its folders do not fit, a class is empty.
-    """
+    """The data set that the config names, or a UserError that says what is wrong with it."""
     name = config.data_set
     folder = _folder(config, name)
     test_split, train, test = _read(config, name, folder)
@@ -204,10 +153,10 @@ def load_data(config: Config) -> ImageData:
         )
     if name == "IMNET100" and len(train.classes) != 100:
         raise UserError(f"{folder} has {len(train.classes)} classes, IMNET100 has 100: give another --data-path")
-    train, test = _limit(train, config.max_train_samples), _limit(test, config.max_test_samples)
+    halves = [_limit(train, config.max_train_samples), _limit(test, config.max_test_samples)]
     if config.cache:
-        train, test = Cached(train), Cached(test)
-    return ImageData(train, test, name, test_split)
+        halves = [Cached(half) for half in halves]
+    return ImageData(*halves, train.classes, name, test_split)
 
 
 def _folder(config: Config, name: str) -> Path:
@@ -226,10 +175,11 @@ def _folder(config: Config, name: str) -> Path:
     raise UserError(f"no data for --data_set {name} (looked at {tried}): give --data-path, or --data_root")
 
 
-def _read(config: Config, name: str, folder: Path) -> tuple[str, ImageSource, ImageSource]:
-    parquet = {split: sorted(folder.glob(f"{split}-*.parquet")) for s in SPLITS.values() for split in s}
+def _read(config: Config, name: str, folder: Path) -> tuple[str, Any, Any]:
+    """(name of the evaluation split, training images, evaluation images), whatever the layout of the folder."""
+    parquet = {split: sorted(folder.glob(f"{split}-*.parquet")) for split in ("train", *EVALUATION_SPLITS)}
     if parquet["train"]:
-        split = next((s for s in SPLITS["eval"] if parquet[s]), None)
+        split = next((s for s in EVALUATION_SPLITS if parquet[s]), None)
         if split is None:
             raise UserError(f"{folder}: train-*.parquet is there, but neither validation-*.parquet nor test-*.parquet")
         if config.class_list not in (None, "all"):
@@ -241,7 +191,7 @@ def _read(config: Config, name: str, folder: Path) -> tuple[str, ImageSource, Im
         return split, train, Parquet(parquet[split])
     if name in ("CIFAR10", "CIFAR100") and not (folder / "train").is_dir():
         return "test", *_torchvision_cifar(name, folder, config.download)
-    split = next((s for s in SPLITS["eval"] if (folder / s).is_dir()), None)
+    split = next((s for s in EVALUATION_SPLITS if (folder / s).is_dir()), None)
     if not (folder / "train").is_dir() or split is None:
         raise UserError(
             f"{folder}: needs train/ and val/ folders, or train-*.parquet and validation-* or test-*.parquet"
@@ -288,24 +238,13 @@ def _read_class_list(path: Path) -> list[str]:
 
 def _image_folder(folder: Path, chosen: list[str] | None) -> Files:
     """One sub-folder per class; with `chosen`, only those."""
-
-    class Chosen(tv.ImageFolder):
-        def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-            there, numbers = super().find_classes(str(directory))
-            if chosen is None:
-                return there, numbers
-            missing = sorted(set(chosen) - set(there))
-            if missing:
-                raise UserError(
-                    f"{directory} lacks {len(missing)} of the {len(chosen)} listed classes, e.g. {missing[0]}"
-                )
-            return chosen, {name: number for number, name in enumerate(chosen)}
-
     try:
-        found = Chosen(str(folder))
-    except FileNotFoundError as error:  # torchvision names the empty classes
+        classes = chosen or tv.folder.find_classes(folder)[0]
+        numbers = {name: number for number, name in enumerate(classes)}
+        samples = tv.folder.make_dataset(folder, numbers, tv.folder.IMG_EXTENSIONS)
+    except FileNotFoundError as error:  # torchvision names the classes that are empty or not there
         raise UserError(f"{folder}: {error}") from error
-    return Files(found.samples, list(found.classes))
+    return Files(samples, classes)
 
 
 def _annotated(table: Path, classes: list[str]) -> Files:
@@ -318,19 +257,16 @@ def _annotated(table: Path, classes: list[str]) -> Files:
     return Files(samples, classes)
 
 
-def _torchvision_cifar(name: str, folder: Path, download: bool) -> tuple[ImageSource, ImageSource]:
-    cls = tv.CIFAR10 if name == "CIFAR10" else tv.CIFAR100
+def _torchvision_cifar(name: str, folder: Path, download: bool) -> list[Images]:
     try:
-        halves = [cls(str(folder), train=train, download=download) for train in (True, False)]
+        return [getattr(tv, name)(folder, train=train, download=download) for train in (True, False)]
     except RuntimeError as error:
         raise UserError(f"{folder}: no {name} there ({error}): give --data-path, or --download") from error
-    train, test = (Arrays(half.data, half.targets, list(half.classes)) for half in halves)
-    return train, test
 
 
-def _limit(source: ImageSource, number: int | None) -> ImageSource:
+def _limit(source: Images, number: int | None) -> Images:
     """`number` images drawn with a fixed seed: the first ones of a folder would all be of one class."""
-    if number is None or number >= len(source):
+    length = len(source)  # type: ignore[arg-type]
+    if number is None or number >= length:
         return source
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:number]
-    return Subset(source, order.tolist())
+    return Subset(source, torch.randperm(length, generator=torch.Generator().manual_seed(0))[:number].tolist())

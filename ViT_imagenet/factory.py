@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models.vision_transformer import checkpoint_filter_fn
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,7 +24,7 @@ from contranorm import ContraNorm
 from repro.checkpoint import list_checkpoints, read_checkpoint
 from repro.config import load_yaml
 from repro.errors import UserError
-from ViT_imagenet.config import FUSED_OPTIMIZERS, Config
+from ViT_imagenet.config import Config
 from ViT_imagenet.models import SUFFIX, contra_norm_sites
 
 SAME_SWITCHES = ("tau", "identity", "axis", "symmetric", "pre_norm", "learnable", "positive")  # what weights go with
@@ -51,7 +51,7 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     if config.input_size and config.input_size % patch:
         raise UserError(f"--input-size {config.input_size} is not a multiple of the patch size {patch} of {name}")
     try:
-        model: nn.Module = timm.create_model(
+        return timm.create_model(
             name,
             pretrained=config.pretrained and not config.reset_head,
             num_classes=num_classes,
@@ -63,16 +63,6 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"--model {config.model}: {error}") from error
-    _check_sites(model, config)
-    return model
-
-
-def _check_sites(model: nn.Module, config: Config) -> None:
-    """What was asked for is what was built: two norms a block, and the final one."""
-    expected = 0 if config.norm == "vanilla" else 2 * config.depth + (config.last_norm == "contra")
-    sites = contra_norm_sites(model)
-    if len(sites) != expected:
-        raise UserError(f"--model {config.model} has {len(sites)} ContraNorm sites, {expected} were asked for")
 
 
 def describe_norms(model: nn.Module) -> str:
@@ -91,11 +81,7 @@ def describe_norms(model: nn.Module) -> str:
 
 
 def read_weights(path: str) -> dict[str, torch.Tensor]:
-    """State dict from a run folder, a checkpoint folder, a .safetensors file, or a .pth that holds tensors only.
-
-    Raises:
-        UserError: nothing readable there.
-    """
+    """State dict from a run folder, a checkpoint folder, a .safetensors file, or a .pth that holds tensors only."""
     place = Path(path)
     try:
         if place.is_dir():
@@ -111,11 +97,7 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
 
 
 def read_state(path: str) -> dict[str, Any]:
-    """The whole training state of a run folder or checkpoint folder, for `--resume`.
-
-    Raises:
-        UserError: no whole checkpoint there.
-    """
+    """The whole training state of a run folder or checkpoint folder, for `--resume`."""
     try:
         return dict(_read_newest(Path(path)))
     except (OSError, ValueError) as error:
@@ -126,9 +108,8 @@ def read_state(path: str) -> dict[str, Any]:
 
 def _read_newest(place: Path) -> Any:
     """The state in a checkpoint folder, or in the newest one of a run folder."""
-    if place.name.startswith("step-"):
-        return read_checkpoint(place)["state"]
-    found = list_checkpoints(place / "checkpoints") or list_checkpoints(place)
+    inside = list_checkpoints(place / "checkpoints") or list_checkpoints(place)
+    found = [place] if place.name.startswith("step-") else inside
     if not found:
         raise ValueError("neither model.safetensors nor a checkpoint")
     return read_checkpoint(found[-1])["state"]
@@ -192,17 +173,8 @@ def build_optimizer(model: nn.Module, config: Config, effective_batch: int) -> t
     """The optimizer, from timm: no weight decay on biases, norms, tokens and position embeddings."""
     if config.opt not in list_optimizers():
         raise UserError(f"--opt {config.opt}: timm has {', '.join(list_optimizers()[:12])}, …")
-    adaptive = {"eps": config.opt_eps, "betas": config.opt_betas} if "adam" in config.opt else {}
-    fused = {"fused": True} if config.fused_optimizer and config.opt in FUSED_OPTIMIZERS else {}
-    return create_optimizer_v2(
-        model,
-        opt=config.opt,
-        lr=peak_lr(config, effective_batch),
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        **adaptive,
-        **fused,
-    )
+    fused = {"fused": True} if config.fused_optimizer else {}
+    return create_optimizer_v2(model, **{**optimizer_kwargs(config), "lr": peak_lr(config, effective_batch)}, **fused)
 
 
 def peak_lr(config: Config, effective_batch: int) -> float:
@@ -212,17 +184,8 @@ def peak_lr(config: Config, effective_batch: int) -> float:
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int) -> Scheduler:
     """Cosine with warm-up; a function of the epoch, or of the step with `sched_on_updates`."""
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=config.sched,
-        num_epochs=config.epochs,
-        warmup_epochs=min(config.warmup_epochs, config.epochs),
-        warmup_lr=config.warmup_lr,
-        min_lr=config.min_lr,
-        step_on_epochs=not config.sched_on_updates,
-        updates_per_epoch=steps_per_epoch,
-    )
-    return scheduler
+    settings = scheduler_kwargs(config) | {"warmup_epochs": min(config.warmup_epochs, config.epochs)}
+    return create_scheduler_v2(optimizer, **settings, updates_per_epoch=steps_per_epoch)[0]
 
 
 def build_mixup(config: Config, num_classes: int) -> Mixup | None:
@@ -242,16 +205,12 @@ def build_mixup(config: Config, num_classes: int) -> Mixup | None:
 
 
 def build_loss(config: Config, model: nn.Module, num_classes: int) -> nn.Module:
-    """Cross-entropy against what the batch carries (mixed targets, smoothed labels, or labels), and distillation.
+    """Cross-entropy against what the batch carries (mixed targets or labels), and distillation.
 
     Raises:
         UserError: distillation into a model without the token for it, a teacher that does not fit.
     """
-    loss: nn.Module
-    if config.mixes:
-        loss = SoftTargetCrossEntropy()
-    else:
-        loss = LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
+    loss = SoftTargetCrossEntropy() if config.mixes else LabelSmoothingCrossEntropy(config.smoothing)
     if config.distillation_type == "none":
         return loss
     if not hasattr(model, "set_distilled_training"):
@@ -267,13 +226,6 @@ class DistillationLoss(nn.Module):
 
     Hard: cross-entropy with the teacher's most likely class. Soft: τ²·KL(teacher ‖ student) at temperature τ, the mean
     over images (DeiT's code divides by the number of classes too, which all but switches it off at 1,000).
-
-    Args:
-        base: loss of the class token.
-        teacher: gives logits (B, C); not trained.
-        kind: "soft" or "hard".
-        alpha: share of the distillation.
-        tau: temperature of the soft kind.
     """
 
     def __init__(self, base: nn.Module, teacher: nn.Module, kind: str, alpha: float, tau: float) -> None:
@@ -300,11 +252,7 @@ class DistillationLoss(nn.Module):
 
 
 def build_teacher(config: Config, num_classes: int) -> nn.Module:
-    """The teacher of the config with its weights.
-
-    Raises:
-        UserError: unknown name, weights that do not fit, no weights.
-    """
+    """The teacher of the config with its weights."""
     if not timm.is_model(config.teacher_model):
         raise UserError(f"--teacher_model {config.teacher_model}: timm has no such model")
     if config.teacher_path is None:

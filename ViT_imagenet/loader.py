@@ -8,13 +8,13 @@ generator state.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
+from timm.data import auto_augment, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -23,7 +23,7 @@ from torchvision import transforms as T
 from repro.errors import UserError
 from repro.seeding import seed_everything
 from ViT_imagenet.config import Config
-from ViT_imagenet.data import BadImageError, ImageSource
+from ViT_imagenet.data import BadImageError, Images
 
 REPEATS = 3  # of repeated augmentation, as in DeiT
 SMALL_IMAGE = 64  # up to this side a random crop of the padded image replaces the random resized crop
@@ -54,7 +54,7 @@ class Sample(NamedTuple):
 class Augmented(Dataset[Sample]):
     """Decodes and transforms image `ref.index`, in the worker process."""
 
-    def __init__(self, source: ImageSource, transform: T.Compose, size: int) -> None:
+    def __init__(self, source: Images, transform: T.Compose, size: int) -> None:
         self.source = source
         self.transform = transform
         self.size = size
@@ -63,16 +63,16 @@ class Augmented(Dataset[Sample]):
         index, bad = ref.index, []
         for _ in range(_MAX_REPLACEMENTS):
             try:
-                image = self.source.image(index)
+                image, label = self.source[index]
             except BadImageError as error:
                 bad.append(str(error))
                 if ref.seed is None:
-                    return Sample(torch.zeros(3, self.size, self.size), self.source.label(index), bad[0], False)
-                index = (index + 1) % len(self.source)
+                    return Sample(torch.zeros(3, self.size, self.size), 0, bad[0], False)
+                index = (index + 1) % len(self.source)  # type: ignore[arg-type]
                 continue
             if ref.seed is not None:
                 seed_everything(ref.seed)  # timm's and torchvision's transforms draw from all three generators
-            return Sample(self.transform(image), self.source.label(index), "\n".join(bad), True)
+            return Sample(self.transform(image), label, "\n".join(bad), True)
         raise UserError(f"{_MAX_REPLACEMENTS} images in a row cannot be decoded, the last one {bad[-1]}")
 
 
@@ -82,12 +82,6 @@ class TrainBatches(Sampler[list[SampleRef]]):
     A step's effective batch of G images is cut into G / batch_size shares such that position p and its mirror image
     G - 1 - p lie in the same share, at mirrored places: Mixup, which pairs an image with its mirror, then makes the
     same pairs for any number of processes and accumulated micro-batches.
-
-    Args:
-        length: images in the data set.
-        config: seed, batch size, accumulation, repeated augmentation.
-        rank: of this process.
-        world: number of processes.
     """
 
     def __init__(self, length: int, config: Config, rank: int, world: int) -> None:
@@ -105,11 +99,6 @@ class TrainBatches(Sampler[list[SampleRef]]):
         if self.steps == 0:
             raise UserError(f"{length} training images do not fill one effective batch of {self.effective}")
 
-    def order(self) -> list[int]:
-        """The image numbers of this epoch in order, a multiple of the effective batch."""
-        self._repeated.set_epoch(derive_seed(self.config.seed, self.epoch, 0))
-        return list(self._repeated)[: self.steps * self.effective]
-
     def share(self, part: int) -> list[int]:
         """Positions within the effective batch of share number `part`, ascending."""
         b, g = self.config.batch_size, self.effective
@@ -122,7 +111,8 @@ class TrainBatches(Sampler[list[SampleRef]]):
         return (self.steps - self.start_step) * self.config.accumulate
 
     def __iter__(self) -> Iterator[list[SampleRef]]:
-        order = self.order()
+        self._repeated.set_epoch(derive_seed(self.config.seed, self.epoch, 0))
+        order = list(self._repeated)[: self.steps * self.effective]
         seeds = np.random.SeedSequence((self.config.seed, self.epoch, 1)).generate_state(len(order))
         for step in range(self.start_step, self.steps):
             for micro in range(self.config.accumulate):
@@ -130,19 +120,10 @@ class TrainBatches(Sampler[list[SampleRef]]):
                 yield [SampleRef(order[p], int(seeds[p])) for p in positions]
 
 
-class EvalBatches(Sampler[list[SampleRef]]):
+def eval_batches(length: int, batch_size: int, rank: int, world: int) -> list[list[SampleRef]]:
     """Every image once: process `rank` of `world` takes each world-th."""
-
-    def __init__(self, length: int, batch_size: int, rank: int, world: int) -> None:
-        self.numbers = range(rank, length, world)
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.numbers) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[SampleRef]]:
-        for start in range(0, len(self.numbers), self.batch_size):
-            yield [SampleRef(i, None) for i in self.numbers[start : start + self.batch_size]]
+    mine = [SampleRef(index, None) for index in range(rank, length, world)]
+    return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
 
 
 def train_transform(config: Config, size: int) -> T.Compose:
@@ -181,58 +162,35 @@ def _keep_a_bit(transform: Any) -> None:
 
 def eval_transform(config: Config, size: int) -> T.Compose:
     """Resize, centre crop, normalize."""
-    return T.Compose(
-        [
-            T.Resize(int(size / config.eval_crop_ratio), interpolation=T.InterpolationMode.BICUBIC),
-            T.CenterCrop(size),
-            T.ToTensor(),
-            T.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-        ]
-    )
+    return create_transform(input_size=size, interpolation="bicubic", crop_pct=config.eval_crop_ratio)
 
 
-def _collate(samples: list[Sample]) -> Sample:
-    return Sample(
-        torch.stack([s.image for s in samples]),  # (B, 3, H, W)
-        torch.tensor([s.label for s in samples]),  # (B,)
-        "\n".join(s.bad for s in samples if s.bad),
-        torch.tensor([s.usable for s in samples]),  # (B,)
-    )
-
-
-def make_loader(source: ImageSource, batches: Sampler[list[SampleRef]], transform: T.Compose, size: int, config: Config,
+def make_loader(source: Images, batches: Iterable[list[SampleRef]], transform: T.Compose, size: int, config: Config,
                 *, pin_memory: bool) -> DataLoader[Sample]:  # fmt: skip
     """A loader of collated `Sample`s, decoded and augmented in `config.num_workers` processes."""
     return DataLoader(
         Augmented(source, transform, size),
         batch_sampler=batches,
         num_workers=config.num_workers,
-        collate_fn=_collate,
         pin_memory=pin_memory,
         persistent_workers=config.num_workers > 0,
-        worker_init_fn=_one_thread,
     )
-
-
-def _one_thread(_: int) -> None:
-    """Workers share the machine with the training process and one another."""
-    torch.set_num_threads(1)
 
 
 class BadImages:
     """The images that could not be decoded so far: the first one ends the run, or all are named once and counted."""
 
-    def __init__(self, policy: str, names: list[str] | None = None) -> None:
+    def __init__(self, policy: str, names: Iterable[str] = ()) -> None:
         self.policy = policy
-        self.names: dict[str, None] = dict.fromkeys(names or [])
+        self.names = dict.fromkeys(names)
 
-    def add(self, lines: str) -> None:
-        """Take note of a batch's bad images.
+    def add(self, samples: list[str]) -> None:
+        """Take note of a batch's bad images, `Sample.bad` of each of its samples.
 
         Raises:
             UserError: the policy is to fail.
         """
-        for name in filter(None, lines.split("\n")):
+        for name in filter(None, "\n".join(samples).split("\n")):
             if self.policy == "fail":
                 raise UserError(f"image cannot be decoded: {name}; repair it, or give --on-bad-image skip")
             if name not in self.names:

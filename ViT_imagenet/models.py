@@ -26,17 +26,8 @@ LAYER_NORM_EPS = 1e-6  # DeiT's; torch's default is 1e-5
 # The norms of a DeiT that see all tokens of an image, (B, N, D). Any other one sees pooled or per-head tensors.
 TOKEN_NORMS = re.compile(r"norm|norm_pre|blocks\.\d+\.norm[12]")
 _SWITCHES = {f.name for f in fields(ContraNormOptions)} - {"scale", "pre_norm"}  # timm has a pre_norm of its own
-_MICRO: dict[str, Any] = {
-    "num_classes": 1000,
-    "crop_pct": 1.0,
-    "interpolation": "bicubic",
-    "mean": timm.data.IMAGENET_DEFAULT_MEAN,
-    "std": timm.data.IMAGENET_DEFAULT_STD,
-    "first_conv": "patch_embed.proj",
-    "classifier": "head",
-}
 default_cfgs = generate_default_cfgs(  # of the models that timm does not have
-    {f"deit_micro_patch8_{side}": {**_MICRO, "input_size": (3, side, side)} for side in (32, 64)}
+    {f"deit_micro_patch8_{side}": deit._cfg(input_size=(3, side, side), crop_pct=1.0) for side in (32, 64)}
 )
 
 
@@ -59,9 +50,8 @@ def _refuse_other_sites(model: nn.Module) -> None:
 def _plain_final_norm(model: VisionTransformer) -> None:
     """Put LayerNorm in the place of the network's last ContraNorm, with the weights that it has."""
     contra = model.norm
-    plain = timm.layers.LayerNorm(contra.normalized_shape, eps=contra.eps).to(contra.weight)
-    plain.load_state_dict({name: contra.state_dict()[name] for name in ("weight", "bias")})
-    model.norm = plain
+    model.norm = timm.layers.LayerNorm(contra.normalized_shape, eps=contra.eps).to(contra.weight)
+    model.norm.load_state_dict({name: contra.state_dict()[name] for name in ("weight", "bias")})
 
 
 def _with_contra_norm(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -29,10 +28,10 @@ from ViT_imagenet.config import Config
 from ViT_imagenet.data import ImageData, load_data
 from ViT_imagenet.loader import (
     BadImages,
-    EvalBatches,
     Sample,
     TrainBatches,
     derive_seed,
+    eval_batches,
     eval_transform,
     make_loader,
     train_transform,
@@ -95,11 +94,7 @@ class Progress:
 
 
 def prepare_evaluation(config: Config, accelerator: Accelerator) -> EvaluationSetup:
-    """Data, and the model with the weights that it starts from.
-
-    Raises:
-        UserError: no such data, unknown model, weights that do not fit.
-    """
+    """Data, and the model with the weights that it starts from; a UserError where something does not fit."""
     data = load_data(config)
     seed_everything(config.seed)
     model = factory.build_model(config, len(data.classes))
@@ -109,7 +104,7 @@ def prepare_evaluation(config: Config, accelerator: Accelerator) -> EvaluationSe
         factory.check_same_model(config)
         factory.load_weights(model, config.resume, reset_head=False)
     size = image_side(model)
-    batches = EvalBatches(len(data.test), config.batch_size, accelerator.process_index, accelerator.num_processes)
+    batches = eval_batches(len(data.test), config.batch_size, accelerator.process_index, accelerator.num_processes)
     pin = accelerator.device.type == "cuda"
     tests = make_loader(data.test, batches, eval_transform(config, size), size, config, pin_memory=pin)
     return EvaluationSetup(
@@ -119,11 +114,7 @@ def prepare_evaluation(config: Config, accelerator: Accelerator) -> EvaluationSe
 
 
 def prepare(config: Config, accelerator: Accelerator) -> TrainingSetup:
-    """Everything that `train` needs.
-
-    Raises:
-        UserError: as `prepare_evaluation`; too few images for one step, a teacher that does not fit.
-    """
+    """Everything that `train` needs; a UserError where something does not fit."""
     shared = prepare_evaluation(config, accelerator)
     model, data = shared.model, shared.data
     batches = TrainBatches(len(data.train), config, accelerator.process_index, accelerator.num_processes)
@@ -178,7 +169,8 @@ def train(setup: TrainingSetup, run: Run) -> None:
                 setup.ema.update(setup.plain_model)
             loss = accelerator.reduce(loss, reduction="mean")
             if step % CHECK_EVERY == 0:
-                bar.set_postfix(loss=f"{finite(loss, epoch, step):.3f}", refresh=False)
+                check_finite(loss, epoch, step)
+                bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
             progress.step = step + 1
             progress.loss_sum += loss
             progress.images_total += batches.effective
@@ -226,12 +218,10 @@ def batch_loss(setup: TrainingSetup, images: Tensor, labels: Tensor) -> Tensor:
     return setup.loss(outputs.float(), labels)
 
 
-def finite(loss: Tensor, epoch: int, step: int) -> float:
-    """The loss as a number; a UserError ends a run that has diverged."""
-    value = float(loss)
-    if not math.isfinite(value):
-        raise UserError(f"the loss is {value} at epoch {epoch}, step {step}: lower --lr, or --clip-grad 1")
-    return value
+def check_finite(loss: Tensor, epoch: int, step: int) -> None:
+    """End a run that has diverged."""
+    if not loss.isfinite():
+        raise UserError(f"the loss is {float(loss)} at epoch {epoch}, step {step}: lower --lr, or --clip-grad 1")
 
 
 def training_state(setup: TrainingSetup, progress: Progress) -> dict[str, Any]:
@@ -247,11 +237,7 @@ def training_state(setup: TrainingSetup, progress: Progress) -> dict[str, Any]:
 
 
 def load_training_state(setup: TrainingSetup, state: dict[str, Any], where: str) -> Progress:
-    """Put a checkpoint from `where` in place; the inverse of `training_state`.
-
-    Raises:
-        UserError: it is of another model, or in the middle of an epoch of another length.
-    """
+    """Put a checkpoint in place; a UserError if it is of another model, or in mid-epoch of another length."""
     factory.check_fit(setup.plain_model, state["model"], where)
     progress = Progress(**state["progress"])
     if progress.step and progress.steps_per_epoch != setup.batches.steps:
@@ -299,14 +285,9 @@ def bad_image_names(setup: EvaluationSetup) -> list[str]:
 
 @torch.inference_mode()
 def evaluate(setup: EvaluationSetup, model: nn.Module) -> dict[str, float]:
-    """Accuracy and loss over all images of all processes' loaders, each counted once.
+    """Accuracies (fractions) and mean cross-entropy over all processes' images, each counted once, bad ones not at all.
 
-    Args:
-        setup: the images; undecodable ones are noted and not counted.
-        model: not wrapped for several processes: their batches differ in number.
-
-    Returns:
-        test_accuracy, test_top5 (fractions), test_loss (mean cross-entropy), test_images (how many were counted).
+    `model` is not the one wrapped for several processes: their batches differ in number.
     """
     accelerator = setup.accelerator
     model.eval()
@@ -323,12 +304,8 @@ def evaluate(setup: EvaluationSetup, model: nn.Module) -> dict[str, float]:
         sums += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, loss.new_tensor(len(labels))])
     correct, top5, loss_sum, images_seen = accelerator.reduce(sums, reduction="sum").tolist()
     count = max(images_seen, 1.0)
-    return {
-        "test_accuracy": correct / count,
-        "test_top5": top5 / count,
-        "test_loss": loss_sum / count,
-        "test_images": int(images_seen),
-    }
+    metrics = {"test_accuracy": correct / count, "test_top5": top5 / count, "test_loss": loss_sum / count}
+    return metrics | {"test_images": int(images_seen)}
 
 
 def evaluate_with_ema(setup: TrainingSetup) -> dict[str, float]:

@@ -96,10 +96,10 @@ def bert(batch: int) -> Models:
 def gcn(batch: int) -> Models:
     """A GCN of 16 layers on a random graph of Cora's size, ContraNorm on every hidden layer."""
     nodes, features = 2708, 1433
-    adjacency = Adjacency.from_edges(torch.randint(0, nodes, (2, 5278)), nodes).to(torch.device(DEVICE))
-    codes = torch.unique(torch.randint(0, nodes * features, (49216,)))
+    adjacency = Adjacency.from_edges(torch.randint(0, nodes, (2, 5278)).to(DEVICE), nodes)
+    codes = torch.unique(torch.randint(0, nodes * features, (49216,))).to(DEVICE)
     pattern = Pattern(codes // features, codes % features, (nodes, features))
-    x = Sparse(pattern, torch.rand(codes.numel())).to(torch.device(DEVICE))
+    x = Sparse(pattern, torch.rand(codes.numel()).to(DEVICE))
     labels = torch.randint(0, 7, (140,), device=DEVICE)
 
     def loss_of(model: nn.Module) -> Tensor:

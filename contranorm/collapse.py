@@ -6,8 +6,8 @@ which value means collapsed and what N isotropic Gaussian rows of width D give (
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,9 +31,8 @@ def _batched(x: Tensor, mask: Tensor | None) -> list[Tensor]:
         if mask.dtype != torch.bool or mask.shape != x.shape[:-1]:
             raise ValueError(f"mask must be bool of shape {tuple(x.shape[:-1])}, got {mask.dtype} {tuple(mask.shape)}")
         samples = [rows[keep] for rows, keep in zip(batch, mask.reshape(batch.shape[:2]), strict=True)]
-    for sample in samples:
-        if sample.shape[0] == 0:
-            raise ValueError("a sample without rows has no collapse metric: N is 0, or the mask leaves nothing")
+    if any(len(sample) == 0 for sample in samples):
+        raise ValueError("a sample without rows has no collapse metric: N is 0, or the mask leaves nothing")
     return samples
 
 
@@ -58,11 +57,8 @@ def mean_cosine_similarity(x: Tensor, mask: Tensor | None = None) -> float:
 def singular_spectrum(x: Tensor, *, centre: bool = False) -> Tensor:
     """Singular values of x divided by their sum, in descending order; (min(N, D),), a batch gives (B, min(N, D)).
 
-    Collapsed: mass on the first few. Healthy: nearly flat (Marchenko-Pastur). All-zero features give zeros.
-
-    Args:
-        x: (N, D) or (B, N, D).
-        centre: subtract the mean row first, so that a common offset does not count.
+    Collapsed: mass on the first few. Healthy: nearly flat (Marchenko-Pastur). All-zero features give zeros. With
+    `centre`, the mean row is subtracted first, so that a common offset does not count.
     """
     rows = torch.stack(_batched(x, None))
     if centre:
@@ -119,9 +115,7 @@ def attention_similarity(attention: Tensor) -> float:
     """Mean cosine similarity between the attention rows of different tokens, averaged over heads and samples.
 
     Collapsed: 1 (all tokens attend to the same mixture). Lower is healthier; one-hot rows on distinct tokens give 0.
-
-    Args:
-        attention: (N, N), (H, N, N) or (B, H, N, N) weights, rows summing to 1.
+    For weights (N, N), (H, N, N) or (B, H, N, N), rows summing to 1.
     """
     if attention.dim() not in (2, 3, 4) or attention.shape[-1] != attention.shape[-2]:
         raise ValueError(f"attention must be (..., N, N) with up to four axes, got {tuple(attention.shape)}")
@@ -148,9 +142,7 @@ class CollapseProbe:
     Args:
         model: any module.
         layers: names as in `model.named_modules()`, or a mapping from a label to such a name; in order of depth.
-        metrics: name → function of features; by default mean_cosine, effective_rank and variance.
-        select: picks the features from a module's output; by default the output itself, or its first element when it
-            is a tuple.
+        metrics: name → function of features, a module's output or the first of a tuple, and of the probe's `mask`.
 
     Raises:
         ValueError: a name that the model does not have.
@@ -161,51 +153,41 @@ class CollapseProbe:
         model: nn.Module,
         layers: Iterable[str] | Mapping[str, str],
         *,
-        metrics: Mapping[str, Callable[..., float]] | None = None,
-        select: Callable[[Any], Tensor] | None = None,
+        metrics: Mapping[str, Callable[..., float]] = METRICS,
     ) -> None:
-        self.model = model
-        self.layers = dict(layers) if isinstance(layers, Mapping) else {name: name for name in layers}
+        names = dict(layers) if isinstance(layers, Mapping) else {name: name for name in layers}
         known = dict(model.named_modules())
-        missing = [name for name in self.layers.values() if name not in known]
-        if missing:
+        if missing := [name for name in names.values() if name not in known]:
             raise ValueError(
                 f"no module named {missing[0]!r} in {type(model).__name__}; there are {list(known)[1:12]} …"
             )
-        self.modules = {label: known[name] for label, name in self.layers.items()}
-        self.metrics = dict(METRICS if metrics is None else metrics)
-        self.select = select or (lambda output: output[0] if isinstance(output, tuple) else output)
+        self.modules = {label: known[name] for label, name in names.items()}
+        self.metrics = dict(metrics)
         self.mask: Tensor | None = None
         self._rows: list[dict[str, Any]] = []
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> CollapseProbe:
         for position, (label, module) in enumerate(self.modules.items()):
-            self._handles.append(module.register_forward_hook(self._hook(position, label)))
+            hook = functools.partial(self._record, position, label)
+            self._handles.append(module.register_forward_hook(hook))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def _hook(self, position: int, label: str) -> Callable[[nn.Module, Any, Any], None]:
-        calls = 0
-
-        def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            nonlocal calls
-            features = self.select(output)
-            masked = {} if self.mask is None else {"mask": self.mask}
-            values = {name: metric(features, **masked) for name, metric in self.metrics.items()}
-            self._rows.append({"call": calls, "layer": position, "module": label, **values})
-            calls += 1
-
-        return record
+    def _record(self, position: int, label: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        features = output[0] if isinstance(output, tuple) else output
+        masked = {} if self.mask is None else {"mask": self.mask}
+        values = {name: metric(features, **masked) for name, metric in self.metrics.items()}
+        self._rows.append({"layer": position, "module": label, **values})
 
     def frame(self) -> pd.DataFrame:
         """One row per module and forward pass: call, layer, module, then one column per metric."""
         import pandas as pd  # here, so that a training without a probe starts sooner
 
-        return pd.DataFrame(self._rows, columns=["call", "layer", "module", *self.metrics])
+        frame = pd.DataFrame(self._rows, columns=["layer", "module", *self.metrics])
+        frame.insert(0, "call", frame.groupby("module").cumcount())
+        return frame

@@ -49,12 +49,10 @@ def contra_norm(
         exclude: sparse CSR (N, N) whose stored entries (i, j), whatever their values, leave row i's softmax: the graph
             form, with x (N, D). A row that has nothing left in its softmax has a contrast term of 0.
         implementation: "plain" stores the N x N matrix and is the definition; "fused" does so with a backward of its
-            own, a few sequences at a time; "blocked" is exact and never does; "sdpa" is attention with
-            q = k = x̂; "linear" replaces exp by a polynomial, in time linear in N (error bound: see
-            `contranorm.kernels.linear`), and answers with "blocked", after a warning, where that bound is broken;
-            "auto" chooses among the exact ones by shape and device.
-        degree: of the polynomial of "linear", 1 or 2: 1 is the faster, 2 the more exact. Where the bound of 1 is
-            broken, 2 is taken.
+            own; "blocked" is exact and never does; "sdpa" is attention with q = k = x̂; "linear" replaces exp by a
+            polynomial, in time linear in N, or answers with "blocked", after a warning, where its error bound
+            (`contranorm.kernels.linear`) is broken; "auto" chooses among the exact ones by shape and device.
+        degree: of the polynomial, 1 (faster) or 2 (more exact); where the bound of 1 is broken, 2 is taken.
 
     Returns:
         Same shape and dtype as `x`.

@@ -25,6 +25,10 @@ class Switches(TypedDict, total=False):
     degree: int
 
 
+# Keywords of `contra_norm` that a module carries as attributes of the same names.
+_FORM = ("tau", "identity", "axis", "symmetric", "pre_norm", "implementation", "degree")
+
+
 class ContraStep(nn.Module):
     """The step without a LayerNorm: x - s·A·x with A = softmax(x̂ x̂ᵀ / τ), in every form of `contra_norm`.
 
@@ -34,16 +38,10 @@ class ContraStep(nn.Module):
         scale: the step s. It has no default: 0 would silently be no step.
         tau: temperature.
         dim: number of features D; only `learnable` needs it.
-        identity: (1+s)·x - s·A·x in place of Eq. 6's x - s·A·x.
-        axis: "tokens" contrasts tokens, "features" contrasts features (the paper's D-ContraNorm).
-        symmetric: both gradient terms ("dual softmax").
-        pre_norm: unit rows in place of x.
+        identity, axis, symmetric, pre_norm, implementation, degree: the form, as in `contra_norm`.
         learnable: train one step per feature, starting from `scale`.
         positive: with `learnable`, train its logarithm so that the step stays > 0.
-        implementation: "auto", "plain", "fused", "blocked", "sdpa" or "linear", see `contra_norm`.
-        degree: of the polynomial of "linear", 1 or 2.
-        device: of the learnable step.
-        dtype: of the learnable step.
+        device, dtype: of the learnable step.
         base: arguments of the class behind this one, as ContraNorm has nn.LayerNorm there.
 
     Raises:
@@ -68,10 +66,7 @@ class ContraStep(nn.Module):
         dtype: torch.dtype | None = None,
         base: dict[str, Any] | None = None,
     ) -> None:
-        check_switches(
-            scale=scale, tau=tau, axis=axis, learnable=learnable, positive=positive, implementation=implementation,
-            degree=degree,
-        )  # fmt: skip
+        check_switches(scale, tau, axis, learnable, positive, implementation, degree)
         super().__init__(**(base or {}))
         self.scale = scale
         self.tau = tau
@@ -102,30 +97,11 @@ class ContraStep(nn.Module):
 
     def take_step(self, x: Tensor, mask: Tensor | None = None, exclude: Tensor | None = None) -> Tensor:
         """`contra_norm` with this module's scale and switches; x (B, N, D) or (N, D)."""
-        return contra_norm(
-            x,
-            self.effective_scale(),
-            tau=self.tau,
-            identity=self.identity,
-            axis=self.axis,
-            symmetric=self.symmetric,
-            pre_norm=self.pre_norm,
-            mask=mask,
-            exclude=exclude,
-            implementation=self.implementation,
-            degree=self.degree,
-        )
+        form = {name: getattr(self, name) for name in _FORM}
+        return contra_norm(x, self.effective_scale(), mask=mask, exclude=exclude, **form)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Push rows apart.
-
-        Args:
-            x: (B, N, D) or (N, D).
-            mask: (B, N) or (N,), True for real tokens; the others neither move nor count. None for all.
-
-        Returns:
-            As x.
-        """
+        """The step on x, (B, N, D) or (N, D); `mask`, (B, N) or (N,), is False for rows that neither move nor count."""
         return self.take_step(x, mask)
 
     def extra_repr(self) -> str:
@@ -146,15 +122,8 @@ class ContraNorm(ContraStep, nn.LayerNorm):
         dim: number of features D.
         scale: the step s. It has no default: 0 would silently be a plain LayerNorm.
         tau: temperature.
-        eps: LayerNorm's epsilon.
-        elementwise_affine: LayerNorm's weight and bias.
-        bias: LayerNorm's bias.
-        device: of the parameters.
-        dtype: of the parameters.
+        eps, elementwise_affine, bias, device, dtype: as in nn.LayerNorm.
         switches: those of `ContraStep`.
-
-    Raises:
-        ValueError: as `ContraStep`.
     """
 
     def __init__(
@@ -170,10 +139,9 @@ class ContraNorm(ContraStep, nn.LayerNorm):
         dtype: torch.dtype | None = None,
         **switches: Unpack[Switches],
     ) -> None:
-        layer_norm = dict(
-            normalized_shape=dim, eps=eps, elementwise_affine=elementwise_affine, bias=bias, device=device, dtype=dtype
-        )
-        super().__init__(scale, tau, dim=dim, device=device, dtype=dtype, base=layer_norm, **switches)
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        base = {"normalized_shape": dim, "eps": eps, "elementwise_affine": elementwise_affine, "bias": bias, **place}
+        super().__init__(scale, tau, dim=dim, base=base, **place, **switches)
 
     def reset_parameters(self) -> None:
         """LayerNorm's ones and zeros; a learnable step starts at `scale`."""
@@ -181,15 +149,9 @@ class ContraNorm(ContraStep, nn.LayerNorm):
         super().reset_parameters()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalize x.
+        """The step on x, (B, N, D), then LayerNorm; `mask`, (B, N), is False for tokens that neither move nor count.
 
-        Args:
-            x: (B, N, D). A single sequence is (1, N, D): an (N, D) tensor could as well be a batch of vectors, and
-                contrasting those would mix samples.
-            mask: (B, N), True for real tokens; the others neither move (before the LayerNorm) nor count.
-
-        Returns:
-            (B, N, D).
+        A single sequence is (1, N, D): rows of (N, D) could as well be pooled vectors, which must not be contrasted.
         """
         if x.dim() != 3:
             raise ValueError(

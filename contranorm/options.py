@@ -10,7 +10,6 @@ Implementation = Literal["auto", "plain", "fused", "blocked", "sdpa", "linear"]
 
 
 def check_switches(
-    *,
     scale: float = 1.0,
     tau: float = 1.0,
     axis: str = "tokens",

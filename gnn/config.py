@@ -97,18 +97,17 @@ class Config(ContraNormOptions, RunConfig):
     second one is no faster there, and slows down whatever else the machine runs."""
 
     def __post_init__(self) -> None:
-        for name, low in [("hid", 1), ("nlayer", 1), ("epochs", 1), ("residual", 0), ("checkpoint_every", 1)]:
-            if getattr(self, name) < low:
-                raise ValueError(f"--{name} must be at least {low}, got {getattr(self, name)}")
-        for name, high in [("dropout", 1.0), ("dropedge", 1.0)]:
-            if not 0 <= getattr(self, name) < high:
+        for name in ("hid", "nlayer", "epochs", "residual", "checkpoint_every", "eval_every"):
+            value, low = getattr(self, name), 0 if name == "residual" else 1
+            if value is not None and value < low:
+                raise ValueError(f"--{name} must be at least {low}, got {value}")
+        for name in ("dropout", "dropedge"):
+            if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be in [0, 1), got {getattr(self, name)}")
         if not self.lr > 0 or not self.wd >= 0:
             raise ValueError(f"--lr must be > 0 and --wd >= 0, got {self.lr} and {self.wd}")
         if not 0 <= self.missing_rate <= 100:
             raise ValueError(f"--missing_rate is a percentage, 0 to 100, got {self.missing_rate}")
-        if self.eval_every is not None and self.eval_every < 1:
-            raise ValueError(f"--eval_every must be at least 1, got {self.eval_every}")
         self._check_norm()
         if self.split is not None and self.data not in TEN_SPLITS:
             raise ValueError(f"--split: {self.data} has one split; those with ten are {', '.join(TEN_SPLITS)}")

@@ -22,13 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gnn.pyg import Actor, CitationFull, Coauthor, Data, Planetoid, WebKB, WikipediaNetwork
+from gnn.pyg import Data, datasets
 from repro.config import load_yaml
 from repro.errors import UserError
 
 SPLIT_SEED = 0  # of the sets that come without a split: a property of the data, not of a run
 TRAIN_PER_CLASS = 20
 VALIDATION_NODES = 500
+# Path below the data root → sha256 of the only file that is accepted there.
+CHECKSUMS: dict[str, str] = load_yaml(Path(__file__).parent / "checksums.yaml")
 
 
 @dataclass
@@ -60,24 +62,23 @@ class Source:
     reader: Any  # a class of torch_geometric.datasets
     root: str  # PyG's root folder
     raw: str  # the raw folder below it
-    arguments: tuple[tuple[str, Any], ...] = ()
+    name: str | None = None  # PyG's name of the graph, where a class reads several
     downloads: bool = True
 
 
-_WIKI = ("geom_gcn_preprocess", True)
 SOURCES = {
-    "cora": Source(Planetoid, "planetoid", "Cora/raw", (("name", "Cora"),)),
-    "citeseer": Source(Planetoid, "planetoid", "CiteSeer/raw", (("name", "CiteSeer"),)),
-    "pubmed": Source(Planetoid, "planetoid", "PubMed/raw", (("name", "PubMed"),)),
-    "chameleon": Source(WikipediaNetwork, "wikipedia", "chameleon/geom_gcn/raw", (("name", "chameleon"), _WIKI)),
-    "squirrel": Source(WikipediaNetwork, "wikipedia", "squirrel/geom_gcn/raw", (("name", "squirrel"), _WIKI)),
-    "texas": Source(WebKB, "webkb", "texas/raw", (("name", "texas"),)),
-    "wisconsin": Source(WebKB, "webkb", "wisconsin/raw", (("name", "wisconsin"),)),
-    "cornell": Source(WebKB, "webkb", "cornell/raw", (("name", "cornell"),)),
-    "actor": Source(Actor, "actor", "raw"),
+    "cora": Source(datasets.Planetoid, "planetoid", "Cora/raw", "Cora"),
+    "citeseer": Source(datasets.Planetoid, "planetoid", "CiteSeer/raw", "CiteSeer"),
+    "pubmed": Source(datasets.Planetoid, "planetoid", "PubMed/raw", "PubMed"),
+    "chameleon": Source(datasets.WikipediaNetwork, "wikipedia", "chameleon/geom_gcn/raw", "chameleon"),
+    "squirrel": Source(datasets.WikipediaNetwork, "wikipedia", "squirrel/geom_gcn/raw", "squirrel"),
+    "texas": Source(datasets.WebKB, "webkb", "texas/raw", "texas"),
+    "wisconsin": Source(datasets.WebKB, "webkb", "wisconsin/raw", "wisconsin"),
+    "cornell": Source(datasets.WebKB, "webkb", "cornell/raw", "cornell"),
+    "actor": Source(datasets.Actor, "actor", "raw"),
     # The recorded files hold the same arrays as the authors', in plain .npz containers; no checksum of the latter.
-    "dblp": Source(CitationFull, "citationfull", "dblp/raw", (("name", "DBLP"),), downloads=False),
-    "coauthor_cs": Source(Coauthor, "coauthor", "CS/raw", (("name", "CS"),), downloads=False),
+    "dblp": Source(datasets.CitationFull, "citationfull", "dblp/raw", "DBLP", downloads=False),
+    "coauthor_cs": Source(datasets.Coauthor, "coauthor", "CS/raw", "CS", downloads=False),
 }
 
 
@@ -92,13 +93,7 @@ def load_graph(name: str, data_root: str | Path, *, split: int | None = None) ->
     Raises:
         UserError: files missing, changed or damaged, no download possible, or a graph that makes no sense.
     """
-    if name == "digits":
-        data = digits()
-    elif name in SOURCES:
-        data = _read(name, Path(data_root))
-    else:
-        raise UserError(f"unknown data set {name!r}: there are {', '.join([*SOURCES, 'digits'])}")
-    return as_graph(name, data, split)
+    return as_graph(name, digits() if name == "digits" else _read(name, Path(data_root)), split)
 
 
 def as_graph(name: str, data: Data, split: int | None = None) -> Graph:
@@ -133,9 +128,8 @@ def as_graph(name: str, data: Data, split: int | None = None) -> Graph:
     masks = [m[:, split or 0] if m.dim() == 2 else m for m in masks]
     if any(m.shape != (n,) for m in masks) or int(sum(m.int() for m in masks).max()) > 1:
         raise UserError(f"{name}: train, validation and test must be disjoint sets of the {n} nodes")
-    for mask, what in zip(masks, ("training", "validation", "test"), strict=True):
-        if not mask.any():
-            raise UserError(f"{name}: there is no {what} node")
+    if empty := [what for mask, what in zip(masks, ("training", "validation", "test"), strict=True) if not mask.any()]:
+        raise UserError(f"{name}: there is no {empty[0]} node")
     return Graph(name, data.x, data.y, data.edge_index, *masks)
 
 
@@ -167,27 +161,13 @@ def digits() -> Data:
     )
 
 
-def erase_features(x: Tensor, train: Tensor, percent: float, seed: int) -> Tensor:
-    """Set the features of a random `percent` of the nodes outside `train` to zero."""
-    outside = (~train).nonzero().squeeze(1)
-    order = torch.randperm(len(outside), generator=torch.Generator().manual_seed(seed))
-    chosen = outside[order[: int(len(outside) * percent / 100)]]
-    x = x.clone()
-    x[chosen] = 0
-    return x
-
-
-def row_normalize(x: Tensor) -> Tensor:
-    """Features divided by their row sum + 1e-6."""
-    return x / (x.sum(dim=1, keepdim=True) + 1e-6)
-
-
 def features(graph: Graph, *, missing_rate: float, seed: int) -> Tensor:
-    """(N, F) model input: erased where asked, then row-normalized."""
-    x = graph.x
-    if missing_rate:
-        x = erase_features(x, graph.train, missing_rate, seed)
-    return row_normalize(x)
+    """(N, F) model input: a random percentage of the nodes outside train erased, then rows divided by their sum."""
+    outside = (~graph.train).nonzero().squeeze(1)
+    order = torch.randperm(len(outside), generator=torch.Generator().manual_seed(seed))
+    x = graph.x.clone()
+    x[outside[order[: int(len(outside) * missing_rate / 100)]]] = 0
+    return x / (x.sum(dim=1, keepdim=True) + 1e-6)
 
 
 # -- raw files --------------------------------------------------------------------------------------------------------
@@ -196,13 +176,6 @@ def features(graph: Graph, *, missing_rate: float, seed: int) -> Tensor:
 def cache_folder() -> Path:
     """Where downloads are kept: $XDG_CACHE_HOME/contranorm, else ~/.cache/contranorm."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "contranorm"
-
-
-@cache
-def checksums() -> dict[str, str]:
-    """Path below the data root → sha256 of the only file that is accepted there."""
-    recorded: dict[str, str] = load_yaml(Path(__file__).parent / "checksums.yaml")
-    return recorded
 
 
 def verify(path: Path, recorded_as: str) -> None:
@@ -214,7 +187,7 @@ def verify(path: Path, recorded_as: str) -> None:
         UserError: the file is not the recorded one, or not known.
     """
     data = path.read_bytes()
-    expected = checksums().get(recorded_as)
+    expected = CHECKSUMS.get(recorded_as)
     if expected is None and "/PubMed/" in recorded_as:
         if not path.name.endswith("test.index"):
             _scan_pickle(data, recorded_as)
@@ -274,7 +247,7 @@ def _read(name: str, data_root: Path) -> Data:
     with tempfile.TemporaryDirectory(prefix="contranorm-") as folder:
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # PyG's "Processing..."
-                dataset = Checked(str(Path(folder) / source.root), **dict(source.arguments))
+                dataset = Checked(str(Path(folder) / source.root), **({"name": source.name} if source.name else {}))
         except UserError:
             raise
         except Exception as error:  # whatever PyG or the network says becomes the one line

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contranorm import CentreAndNormalize, GraphContraNorm, PairNorm
+from gnn import pyg
 from gnn.config import PAIR_NORMS, Config
-from gnn.pyg import BatchNorm, DiffGroupNorm, GATConv, GraphNorm, MeanSubtractionNorm, MessageNorm
 from gnn.sparse import Pattern, Sparse
 
 GROUPS = 10  # of DiffGroupNorm, its paper's value for citation graphs
@@ -57,15 +57,11 @@ class Adjacency:
         kept = (torch.rand_like(self.kept) >= rate).float()
         return Adjacency(self.pattern, torch.where(self.loops, 1.0, kept))
 
-    def to(self, device: torch.device) -> Adjacency:
-        """A copy on `device`."""
-        return Adjacency(self.pattern.to(device), self.kept.to(device))
-
 
 def dropout(x: Tensor | Sparse, rate: float, training: bool) -> Tensor | Sparse:
     """Dropout; of a sparse matrix on its stored values only (a dropped zero is a zero)."""
     if isinstance(x, Sparse):
-        return x.with_values(F.dropout(x.values, rate, training)) if training else x
+        return Sparse(x.pattern, F.dropout(x.values, rate)) if training else x
     return F.dropout(x, rate, training)
 
 
@@ -94,7 +90,7 @@ class GraphConvolution(nn.Module):
         return adjacency.mean @ (x @ self.weight) + self.bias
 
 
-class AttentionConvolution(GATConv):  # type: ignore[misc]
+class AttentionConvolution(pyg.nn.GATConv):  # type: ignore[misc]
     """Graph attention with one head (Velickovic et al., ICLR 2018), PyG's."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -133,11 +129,11 @@ def build_norm(config: Config, width: int) -> nn.Module:
     makers: dict[str, Any] = {
         "None": nn.Identity,
         "LN": CentreAndNormalize,
-        "BatchNorm": lambda: BatchNorm(width),
-        "DiffGroupNorm": lambda: DiffGroupNorm(width, GROUPS),
-        "MeanSubtractionNorm": MeanSubtractionNorm,
-        "GraphNorm": lambda: GraphNorm(width),
-        "MessageNorm": MessageNorm,
+        "BatchNorm": lambda: pyg.nn.BatchNorm(width),
+        "DiffGroupNorm": lambda: pyg.nn.DiffGroupNorm(width, GROUPS),
+        "MeanSubtractionNorm": pyg.nn.MeanSubtractionNorm,
+        "GraphNorm": lambda: pyg.nn.GraphNorm(width),
+        "MessageNorm": pyg.nn.MessageNorm,
     }
     norm: nn.Module = makers[mode]()
     return norm
@@ -147,7 +143,7 @@ def apply_norm(norm: nn.Module, message: Tensor, x: Tensor | Sparse, adjacency: 
     """Normalize a convolution's output `message` (N, D); x is what the convolution was given."""
     if isinstance(norm, GraphContraNorm):
         return norm(message, adjacency.excluded)  # type: ignore[no-any-return]
-    if isinstance(norm, MessageNorm):
+    if isinstance(norm, pyg.nn.MessageNorm):
         return dense(x) + norm(dense(x), message)  # type: ignore[no-any-return]
     return norm(message)  # type: ignore[no-any-return]
 
@@ -208,14 +204,6 @@ class DeepGCN(nn.Module):
         logits: Tensor = self.output(dropout(x, self.rate, self.training), adjacency)
         return logits
 
-    def probed(self) -> dict[str, str]:
-        """Label → module name of what a collapse probe looks at: the features that leave each hidden layer."""
-        return {str(i + 1): f"layers.{i}" for i in range(len(self.layers))}
-
-    def norms(self) -> list[nn.Module]:
-        """The norm of each hidden layer."""
-        return [layer.norm for layer in self.layers]
-
 
 class DeepGAT(DeepGCN):
     """`nlayer` attention convolutions."""
@@ -239,14 +227,10 @@ class SGC(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([Propagation(build_norm(config, inputs)) for _ in range(config.nlayer)])
         self.shared_norm = nn.LayerNorm(inputs) if config.use_layer_norm else None
+        self.constant = not config.dropedge and not any(p.requires_grad for p in self.parameters())
         self.output = nn.Linear(inputs, classes)
         self.rate, self.dropedge = config.dropout, config.dropedge
-        trained = any(p.requires_grad for p in [*self.layers.parameters(), *self._shared_parameters()])
-        self.constant = not trained and not config.dropedge
         self._propagated: Tensor | None = None
-
-    def _shared_parameters(self) -> list[nn.Parameter]:
-        return [] if self.shared_norm is None else list(self.shared_norm.parameters())
 
     def propagate(self, x: Tensor | Sparse, adjacency: Adjacency) -> Tensor:
         """The steps; (N, F) → (N, F)."""
@@ -259,16 +243,12 @@ class SGC(nn.Module):
         """(N, F) → logits (N, C)."""
         if self.constant and self.training:
             if self._propagated is None:
-                with torch.no_grad():
-                    self._propagated = self.propagate(x, adjacency)
+                self._propagated = self.propagate(x, adjacency)
             h = self._propagated
         else:
             h = self.propagate(x, adjacency.drop(self.dropedge) if self.training and self.dropedge else adjacency)
         logits: Tensor = self.output(F.dropout(h, self.rate, self.training))
         return logits
-
-    probed = DeepGCN.probed
-    norms = DeepGCN.norms
 
 
 class Propagation(nn.Module):
@@ -294,13 +274,10 @@ def build_model(config: Config, inputs: int, classes: int) -> DeepGCN | SGC:
 
 def describe(model: DeepGCN | SGC, config: Config) -> str:
     """One line: which layers carry which norm, read off the model that was built."""
-    norms = model.norms()
-    carriers = [i + 1 for i, norm in enumerate(norms) if not isinstance(norm, nn.Identity)]
-    what = f"{norms[carriers[0] - 1]!r} on layers {_ranges(carriers)}" if carriers else "no norm"
+    norms = [layer.norm for layer in model.layers]
+    carriers = [str(i + 1) for i, norm in enumerate(norms) if not isinstance(norm, nn.Identity)]
+    span = "-".join(carriers[:1] + carriers[1:][-1:])  # "1" or "1-15"
+    what = f"{norms[-1]!r} on layers {span}" if carriers else "no norm"
     shared = "one LayerNorm shared by all hidden layers" if model.shared_norm is not None else "no LayerNorm"
     last = "a linear output layer" if config.model == "SGC" else f"a plain output layer {len(norms) + 1}"
     return f"{config.model}: {len(norms)} hidden layers and {last}; {what}; {shared}"
-
-
-def _ranges(numbers: list[int]) -> str:
-    return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])

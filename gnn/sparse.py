@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,17 +38,12 @@ class Pattern:
 
     def csr_transposed(self, values: Tensor) -> Tensor:
         """Its transpose."""
-        n, m = self.shape
         values = values[self.to_transposed]
-        return torch.sparse_csr_tensor(self.t_crow, self.t_col32, values, (m, n), check_invariants=False)
-
-    def to(self, device: torch.device) -> Pattern:
-        """A copy on `device`."""
-        return Pattern(self.row.to(device), self.col.to(device), self.shape)
+        return torch.sparse_csr_tensor(self.t_crow, self.t_col32, values, self.shape[::-1], check_invariants=False)
 
 
-def _offsets(sorted_or_not: Tensor, size: int) -> Tensor:
-    counts = torch.bincount(sorted_or_not, minlength=size)
+def _offsets(numbers: Tensor, size: int) -> Tensor:
+    counts = torch.bincount(numbers, minlength=size)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
 
 
@@ -57,11 +53,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dense: Tensor, matrix: Sparse) -> Tensor:
         ctx.matrix = matrix
-        return matrix.csr() @ dense
+        return matrix.csr @ dense
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.matrix.csr_transposed() @ grad.contiguous(), None
+        return ctx.matrix.csr_transposed @ grad.contiguous(), None
 
 
 class Sparse:
@@ -75,8 +71,7 @@ class Sparse:
     def __init__(self, pattern: Pattern, values: Tensor) -> None:
         self.pattern = pattern
         self.values = values
-        self._csr: Tensor | None = None
-        self._csr_transposed: Tensor | None = None
+        self.shape = pattern.shape
 
     @classmethod
     def from_dense(cls, dense: Tensor) -> Sparse:
@@ -84,36 +79,21 @@ class Sparse:
         row, col = dense.nonzero(as_tuple=True)
         return cls(Pattern(row, col, (dense.shape[0], dense.shape[1])), dense[row, col])
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, M)."""
-        return self.pattern.shape
-
+    @cached_property
     def csr(self) -> Tensor:
-        """As torch.sparse_csr, built once."""
-        if self._csr is None:
-            self._csr = self.pattern.csr(self.values)
-        return self._csr
+        """As torch.sparse_csr."""
+        return self.pattern.csr(self.values)
 
+    @cached_property
     def csr_transposed(self) -> Tensor:
-        """The transpose as torch.sparse_csr, built once."""
-        if self._csr_transposed is None:
-            self._csr_transposed = self.pattern.csr_transposed(self.values)
-        return self._csr_transposed
+        """The transpose as torch.sparse_csr."""
+        return self.pattern.csr_transposed(self.values)
 
     def __matmul__(self, dense: Tensor) -> Tensor:
         """(N, M) @ (M, D) → (N, D)."""
         product: Tensor = _Product.apply(dense, self)
         return product
 
-    def with_values(self, values: Tensor) -> Sparse:
-        """The same pattern with other values."""
-        return Sparse(self.pattern, values)
-
     def to_dense(self) -> Tensor:
         """(N, M)."""
-        return self.csr().to_dense()
-
-    def to(self, device: torch.device) -> Sparse:
-        """A copy on `device`."""
-        return Sparse(self.pattern.to(device), self.values.to(device))
+        return self.csr.to_dense()

@@ -48,14 +48,14 @@ def prepare(config: Config) -> TrainingSetup:
     graph = load_graph(config.data, config.data_root, split=config.split)
     if len(graph.y) < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
-    x = features(graph, missing_rate=config.missing_rate, seed=config.seed)
+    x = features(graph, missing_rate=config.missing_rate, seed=config.seed).to(device)
     sparse = (x != 0).float().mean() < SPARSE_BELOW
     return TrainingSetup(
         config=config,
         device=device,
         graph=graph,
-        adjacency=Adjacency.from_edges(graph.edge_index, len(graph.y)).to(device),
-        features=(Sparse.from_dense(x) if sparse else x).to(device),
+        adjacency=Adjacency.from_edges(graph.edge_index.to(device), len(graph.y)),
+        features=Sparse.from_dense(x) if sparse else x,
     )
 
 
@@ -114,11 +114,7 @@ def train(setup: TrainingSetup, run: Run) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `--device` names.
-
-    Raises:
-        UserError: a GPU was asked for and there is none.
-    """
+    """The device that `--device` names; a UserError where there is no GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -138,7 +134,7 @@ def accuracies(model: nn.Module, setup: TrainingSetup) -> dict[str, float]:
 def collapse_by_layer(model: DeepGCN | SGC, setup: TrainingSetup, folder: Path) -> dict[str, list[float]]:
     """Collapse metrics of each hidden layer's output, as lists by metric and the layers' numbers; also in probe.csv."""
     model.eval()
-    with CollapseProbe(model, model.probed()) as probe:
+    with CollapseProbe(model, [f"layers.{i}" for i in range(len(model.layers))]) as probe:
         model(setup.features, setup.adjacency)
     frame = probe.frame().drop(columns=["call", "module"])
     frame["layer"] += 1

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contranorm.kernels.blocked import blocked_contrast
+from contranorm.kernels.blocked import MAX_LOGIT_DOUBLE, blocked_contrast
 from contranorm.kernels.fused import fused_step
 from contranorm.kernels.linear import linear_contrast
 from contranorm.kernels.masks import on_kept_rows
@@ -24,16 +24,11 @@ __all__ = ["feature_contrast", "fused_step", "resolve", "token_contrast"]
 
 # Number of rows from which the blocked form is the faster exact one, with excluded pairs ("graph") and without ("set"):
 # measured on two CPU cores and written by `python -m benchmarks.layer --crossover --update`.
-_CHOICES = Path(__file__).with_name("choices.json")
-BLOCKED_FROM: dict[str, int] = json.loads(_CHOICES.read_text(encoding="utf-8"))["blocked_from"]
+BLOCKED_FROM: dict[str, int] = json.loads(Path(__file__).with_name("choices.json").read_text())["blocked_from"]
 
 
 def resolve(implementation: str, x: Tensor, *, symmetric: bool, exclude: Tensor | None) -> str:
-    """The implementation that will run.
-
-    Raises:
-        ValueError: the one asked for cannot express the form.
-    """
+    """The implementation that will run; a ValueError where the one asked for cannot express the form."""
     if implementation == "auto":
         return choose(x, symmetric=symmetric, exclude=exclude)
     if implementation in ("fused", "sdpa") and (symmetric or exclude is not None):
@@ -68,6 +63,8 @@ def token_contrast(
     """A·x, or (A + softmax over columns)·x, by the named implementation; (B, N, D) → (B, N, D)."""
     if implementation == "fused":
         return fused_step(x, own=0.0, scale=-1.0, tau=tau, keep=keep)
+    if 1 / tau > MAX_LOGIT_DOUBLE and implementation in ("blocked", "linear"):
+        implementation = "plain"
     dtype = product_dtype(x)
     with torch.autocast(x.device.type, enabled=False):  # from here on, `dtype` alone says what may be rounded
         unit = F.normalize(x, dim=-1)  # x̂; a zero row stays zero
@@ -75,8 +72,7 @@ def token_contrast(
             return plain_contrast(unit, x, tau=tau, symmetric=symmetric, keep=keep, exclude=exclude, dtype=dtype)
         if implementation == "sdpa":
             return sdpa_contrast(unit, x, tau=tau, keep=keep, dtype=dtype)
-        one_sample = (
-            blocked_contrast if implementation == "blocked" else functools.partial(linear_contrast, degree=degree)
-        )
-        compute = functools.partial(one_sample, tau=tau, symmetric=symmetric, dtype=dtype)
+        compute = functools.partial(blocked_contrast, tau=tau, symmetric=symmetric, dtype=dtype)
+        if implementation == "linear":
+            compute = functools.partial(linear_contrast, tau=tau, symmetric=symmetric, dtype=dtype, degree=degree)
         return on_kept_rows(compute, unit, x, keep, exclude)  # by samples: a tile is larger than most sequences

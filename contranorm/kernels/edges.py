@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,34 +10,23 @@ from torch import Tensor
 from contranorm.kernels.masks import entries, is_symmetric, remembered
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Edges:
-    """The stored entries (i, j) of an (N, N) pattern, row by row, and the same entries column by column.
+    """The stored entries (i, j) of an (N, N) pattern, row by row.
 
     Attributes:
         crow: where each row's entries start, (N + 1,).
         columns: column of each entry, (E,).
-        crow_t: where each column's entries start, (N + 1,).
-        columns_t: row of each entry in that order, (E,).
-        order: place in the first order of each entry of the second, (E,).
+        order: place among these entries of each entry of the transposed pattern, (E,).
         symmetric: (j, i) is stored whenever (i, j) is.
-        full: True for the rows that store all N pairs, (N,); None when there is none.
+        transposed: the pattern with i and j swapped.
     """
 
     crow: Tensor
     columns: Tensor
-    crow_t: Tensor
-    columns_t: Tensor
     order: Tensor
     symmetric: bool
-    full: Tensor | None
-
-    def transpose(self) -> Edges:
-        """The pattern with i and j swapped."""
-        inverse = torch.empty_like(self.order)
-        inverse[self.order] = torch.arange(self.order.numel(), device=self.order.device)
-        full = _full(self.crow_t)
-        return Edges(self.crow_t, self.columns_t, self.crow, self.columns, inverse, self.symmetric, full)
+    transposed: Edges = field(init=False)
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
         """a_i·b_j of every entry (i, j), (E,), for a and b (N, D)."""
@@ -51,8 +40,7 @@ class Edges:
 
     def subtract_transposed(self, out: Tensor, weights: Tensor, w: Tensor) -> Tensor:
         """Out - Wᵀ w in place."""
-        n = self.crow.numel() - 1
-        return out.addmm_(_csr(self.crow_t, self.columns_t, weights[self.order], n), w, alpha=-1)
+        return self.transposed.subtract(out, weights[self.order], w)
 
     def subtract_both(self, out: Tensor, weights: Tensor, w: Tensor) -> Tensor:
         """Out - (W + Wᵀ) w in place."""
@@ -60,17 +48,13 @@ class Edges:
             return self.subtract(out, weights + weights[self.order], w)
         return self.subtract_transposed(self.subtract(out, weights, w), weights, w)
 
+    def empty_is_zero(self, sums: Tensor) -> Tensor:
+        """Sums (N, 1) over the pairs not stored, exactly 0 where all N are stored."""
+        return sums.masked_fill((self.crow.diff() == self.crow.numel() - 1).unsqueeze(1), 0.0)
+
     def _matrix(self, weights: Tensor) -> Tensor:
-        return _csr(self.crow, self.columns, weights, self.crow.numel() - 1)
-
-
-def _csr(crow: Tensor, columns: Tensor, values: Tensor, n: int) -> Tensor:
-    return torch.sparse_csr_tensor(crow, columns, values, (n, n), check_invariants=False)
-
-
-def _full(crow: Tensor) -> Tensor | None:
-    full = crow.diff() == crow.numel() - 1
-    return full if bool(full.any()) else None
+        n = self.crow.numel() - 1
+        return torch.sparse_csr_tensor(self.crow, self.columns, weights, (n, n), check_invariants=False)
 
 
 def edges_of(pattern: Tensor) -> Edges:
@@ -80,9 +64,12 @@ def edges_of(pattern: Tensor) -> Edges:
         n = pattern.shape[0]
         rows, columns = entries(pattern)
         order = (columns * n + rows).argsort()
+        symmetric = is_symmetric(rows, columns, n)
         crow_t = torch.zeros(n + 1, dtype=torch.long, device=columns.device)
         crow_t[1:] = torch.bincount(columns, minlength=n).cumsum(0)
-        crow = pattern.crow_indices().long()
-        return Edges(crow, columns, crow_t, rows[order], order, is_symmetric(rows, columns, n), _full(crow))
+        edges = Edges(pattern.crow_indices().long(), columns, order, symmetric)
+        edges.transposed = Edges(crow_t, rows[order], order.argsort(), symmetric)
+        edges.transposed.transposed = edges
+        return edges
 
     return remembered(pattern, Edges, make)

@@ -43,10 +43,9 @@ class _Step(torch.autograd.Function):
             norm = torch.linalg.vector_norm(x_, dim=-1, keepdim=True)
             torch.reciprocal(norm.clamp_min_(NORM_EPS), out=inverse_)
             unit = (x_ * inverse_).to(dtype)
-            if kept is None:
-                torch.baddbmm(a, unit, unit.mT, beta=0, alpha=1 / tau, out=a)  # beta = 0: a is not read
-            else:
-                torch.baddbmm(_bias(kept, dtype), unit, unit.mT, alpha=1 / tau, out=a)
+            torch.baddbmm(a, unit, unit.mT, beta=0, alpha=1 / tau, out=a)  # beta = 0: a is not read
+            if kept is not None:
+                a.masked_fill_(~kept_columns(kept).unsqueeze(1), -torch.inf)
             torch.softmax(a, dim=-1, out=a)
             if kept is not None:
                 a.mul_(kept.unsqueeze(-1))  # the gradient through A then needs no mask any more
@@ -79,9 +78,9 @@ class _Step(torch.autograd.Function):
 
 
 def _together(x: Tensor, *others: Tensor, keep: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """X (B, N, D), the others and `keep`, a few sequences at a time; on a GPU all of them at once.
+    """All of them, a few sequences at a time; a part of `keep` that keeps everything is None.
 
-    A part of `keep` that keeps everything is None (it is not looked at on a GPU, which would have to wait).
+    On a GPU, all sequences at once, and `keep` is not looked at: that would have to wait.
     """
     b, n, d = x.shape
     size = max(1, b if x.is_cuda else CHUNK * torch.get_num_threads() // max(1, n * (n + d)))
@@ -90,12 +89,6 @@ def _together(x: Tensor, *others: Tensor, keep: Tensor | None) -> Iterator[tuple
     if keep is not None:
         kept = [None if not part.is_cuda and bool(part.all()) else part for part in torch.split(keep, size)]
     return zip(*parts, kept, strict=True)
-
-
-def _bias(keep: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a column counts, -inf where not, (n, 1, N); a sample that keeps nothing gets zeros, and is not read."""
-    zeros = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
-    return zeros.masked_fill_(~kept_columns(keep), -torch.inf).unsqueeze(1)
 
 
 def _product(beta: float, base: Tensor, alpha: float, a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -107,17 +100,9 @@ def _product(beta: float, base: Tensor, alpha: float, a: Tensor, b: Tensor, out:
 
 
 def fused_step(x: Tensor, *, own: float, scale: float, tau: float, keep: Tensor | None) -> Tensor:
-    """own·x - scale·A x.
+    """own·x - scale·A x for x (B, N, D), not normalized; own = 0 and scale = -1 give the contrast term A x alone.
 
-    Args:
-        x: (B, N, D), not normalized.
-        own: the factor of x itself; 0 and scale = -1 give the contrast term A x alone.
-        scale: the step s.
-        tau: temperature.
-        keep: bool (B, N), True for the rows that count; None for all. The others stay as they are.
-
-    Returns:
-        (B, N, D).
+    `keep`, bool (B, N), is True for the rows that count; None for all. The others stay as they are.
     """
     dtype = product_dtype(x)
     with torch.autocast(x.device.type, enabled=False):

@@ -26,7 +26,6 @@ approximation is used. What that amounts to for the layer's output is measured b
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Iterator
@@ -60,11 +59,7 @@ def remainder(degree: int, largest: float) -> float:
 
 
 def visible_degree(degree: int, largest: float, dtype: torch.dtype) -> int:
-    """The degree, 1 where the square is below rounding wherever |s| ≤ largest.
-
-    It changes nothing then, and on collapsed rows the products of its factors are subnormal numbers, which processors
-    handle a hundred times slower than others.
-    """
+    """1 where the square, below rounding for |s| ≤ largest, would only be slow: its factors are subnormal numbers."""
     return degree if largest**2 / 2 >= 0.01 * torch.finfo(dtype).eps else 1
 
 
@@ -108,7 +103,6 @@ def _affine(d: Tensor, w: Tensor, coefficients: tuple[float, ...]) -> tuple[Tens
 def _affine_backward(
     d: Tensor, w: Tensor, grad: Tensor, moments: Tensor, coefficients: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients by d and w of `_affine`, whose matrix is symmetric."""
     grad_w, of_grad = _affine(d, grad, coefficients)
     return (grad @ moments.mT).addmm_(w, of_grad.mT).mul_(coefficients[1]), grad_w
 
@@ -123,7 +117,6 @@ def _quadratic(d: Tensor, w: Tensor, coefficients: tuple[float, ...]) -> tuple[T
 def _quadratic_backward(
     d: Tensor, w: Tensor, grad: Tensor, moments: Tensor, coefficients: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients by d and w of `_quadratic`."""
     blocks = _Blocks(d, coefficients)
     gt = grad.mT.contiguous()  # (C, N)
     swapped = torch.cat([gt, w.mT])  # (2C, N)
@@ -175,9 +168,8 @@ class _Blocks:
         constant, slope, square = coefficients
         omega = torch.full((math.comb(dim + 2, 2),), 2 * square, dtype=torch.float64)
         omega[0], omega[1 : 1 + dim] = constant, slope
-        omega[[group.start for _, group in _squares(dim)]] = (
-            square  # x_a x_a: once, where x_a x_b stands for x_b x_a too
-        )
+        for _, group in _squares(dim):
+            omega[group.start] = square  # x_a x_a: once, where x_a x_b stands for x_b x_a too
         self.omega = omega.to(d)[:, None]  # Ω's diagonal, (F, 1)
         self.rows = min(self.n, max(64, BLOCK // len(omega)))
         self.buffer = d.new_empty(len(omega), self.rows)
@@ -220,20 +212,10 @@ def linear_contrast(
     degree: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """A·v, or (A + softmax over columns)·v, for one set of rows, with exp replaced by a polynomial of `degree`.
+    """`blocked_contrast` with exp replaced by a polynomial of `degree`, 1 or 2.
 
-    Args:
-        unit: x̂, (N, D).
-        values: v, (N, C).
-        exclude: sparse CSR (N, N) of pairs that do not count, or None.
-        tau: temperature.
-        symmetric: add the softmax over columns.
-        degree: 1 or 2. Instead of 1, 2 is taken where the bound on 1's error is above `MAX_ERROR` and there are fewer
-            monomials than rows (with more, the exact form is the faster one).
-        dtype: of the exact form's products, see `blocked_contrast`.
-
-    Returns:
-        (N, C): by the exact form, after a warning, where neither degree is good enough on these features.
+    Instead of 1, 2 is taken where the bound on 1's error is above `MAX_ERROR` and there are fewer monomials than rows
+    (with more, the exact form is the faster one). The exact form answers, after a warning, where neither will do.
     """
     mean = unit.detach().mean(dim=0)
     d = unit - mean
@@ -242,24 +224,26 @@ def linear_contrast(
     weighted = torch.cat([values * r, r], dim=1)  # (N, C + 1)
     edges = None if exclude is None else edges_of(exclude)
     largest = float(torch.linalg.vector_norm(d.detach(), dim=1).max()) ** 2 / tau
-    swapped = edges.transpose() if symmetric and edges is not None and not edges.symmetric else None
-    bound = _Bound(d.detach(), r.detach() / tau**2)
+    spread = d.detach().mT @ (d.detach() * (r.detach() / tau**2))  # Σ_j r_j d_j d_jᵀ / τ², (D, D)
     error = math.inf
     degree = visible_degree(degree, largest, d.dtype)
     for power in range(degree, 3):
         kappa = remainder(power, largest)
         if kappa == math.inf or (power > degree and math.comb(unit.shape[1] + power, power) >= unit.shape[0]):
             break
-        product = functools.partial(_product, d, coefficients=taylor(power, tau))
-        sums = product(weighted, edges=edges)  # (N, C + 1)
-        row_sums = _empty_is_zero(sums[:, -1:], edges)  # Z̃, (N, 1)
+        coefficients = taylor(power, tau)
+        sums = _PolynomialProduct.apply(d, weighted, coefficients, edges)  # (N, C + 1)
+        row_sums = sums[:, -1:] if edges is None else edges.empty_is_zero(sums[:, -1:])  # Z̃, (N, 1)
         column_sums = row_sums
-        if swapped is not None:
-            column_sums = _empty_is_zero(product(r, edges=swapped), swapped)
-        error = kappa * max(bound.mean(total) for total in {row_sums, column_sums})
+        if symmetric and edges is not None and not edges.symmetric:
+            column_sums = edges.transposed.empty_is_zero(_PolynomialProduct.apply(d, r, coefficients, edges.transposed))
+        error = kappa * max(_mean_bound(d, spread, total) for total in {row_sums, column_sums})
         if error <= MAX_ERROR:
             contrast = ratio_or_zero(sums[:, :-1], row_sums)
-            return contrast + r * product(ratio_or_zero(values, column_sums), edges=edges) if symmetric else contrast
+            if symmetric:
+                share = ratio_or_zero(values, column_sums)
+                contrast = contrast + r * _PolynomialProduct.apply(d, share, coefficients, edges)
+            return contrast
     warnings.warn(
         f"implementation='linear': a polynomial may miss the softmax of cos/{tau:g} by {error:.0%} on these features, "
         f"more than {MAX_ERROR:.0%}: the exact form is used instead",
@@ -268,29 +252,10 @@ def linear_contrast(
     return blocked_contrast(unit, values, exclude, tau=tau, symmetric=symmetric, dtype=dtype)
 
 
-def _product(d: Tensor, w: Tensor, coefficients: tuple[float, ...], edges: Edges | None) -> Tensor:
-    result: Tensor = _PolynomialProduct.apply(d, w, coefficients, edges)
-    return result
-
-
-def _empty_is_zero(sums: Tensor, edges: Edges | None) -> Tensor:
-    """Row sums (N, 1), 0 where no pair is left: the difference of two sums is not exactly that."""
-    if edges is None or edges.full is None:
-        return sums
-    return sums.masked_fill(edges.full.unsqueeze(1), 0.0)
-
-
-class _Bound:
-    """The mean of b_i / κ = q_i / Z̃_i over the rows: Σ_i q_i / Z̃_i = ⟨Σ_j r_j d_j d_jᵀ, Σ_i d_i d_iᵀ / Z̃_i⟩ / τ²."""
-
-    def __init__(self, d: Tensor, weights: Tensor) -> None:
-        self.d = d
-        self.weighted = d.mT @ (d * weights)  # (D, D), from r / τ²
-
-    @torch.no_grad()
-    def mean(self, total: Tensor) -> float:
-        """For the sums Z̃ (N, 1), rows with nothing in their sum left out; infinite where a sum is negative."""
-        if bool((total < 0).any()):
-            return math.inf
-        inverse = torch.where(total > 0, total.reciprocal(), 0.0)
-        return float((self.weighted * (self.d.mT @ (self.d * inverse))).sum()) / self.d.shape[0]
+@torch.no_grad()
+def _mean_bound(d: Tensor, spread: Tensor, total: Tensor) -> float:
+    """The mean of b / κ, with Σ_i q_i / Z̃_i = ⟨Σ_j r_j d_j d_jᵀ, Σ_i d_i d_iᵀ / Z̃_i⟩ / τ²; infinite where a Z̃ < 0."""
+    if bool((total < 0).any()):
+        return math.inf
+    inverse = torch.where(total > 0, total.reciprocal(), 0.0)
+    return float((spread * (d.mT @ (d * inverse))).sum()) / d.shape[0]

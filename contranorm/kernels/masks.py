@@ -29,12 +29,6 @@ def softmax_or_zero(logits: Tensor, dim: int) -> Tensor:
     return logits.masked_fill(empty, 0.0).softmax(dim=dim).masked_fill(empty, 0.0)
 
 
-def logsumexp_or(logits: Tensor, value: float) -> Tensor:
-    """Log-sum-exp of every column, and `value` for a column of nothing but -inf."""
-    empty = (logits == -torch.inf).all(dim=0)
-    return logits.masked_fill(empty, 0.0).logsumexp(dim=0).masked_fill(empty, value)
-
-
 def ratio_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Numerator / denominator, and 0 where the denominator is 0."""
     return numerator / denominator.masked_fill(denominator == 0, torch.inf)
@@ -57,24 +51,16 @@ def on_kept_rows(
     return torch.stack(samples)
 
 
-# -- sparse CSR patterns ---------------------------------------------------------------------------------------------
-
-
-def entry_rows(crow: Tensor) -> Tensor:
-    """Row of each stored entry, (E,), from where the rows start, (N + 1,)."""
-    return torch.repeat_interleave(torch.arange(crow.numel() - 1, device=crow.device), crow.diff().long())
-
-
 def entries(pattern: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns of the stored entries, (E,) each, row by row."""
-    return entry_rows(pattern.crow_indices()), pattern.col_indices().long()
+    counts = pattern.crow_indices().diff().long()
+    return torch.arange(len(counts), device=counts.device).repeat_interleave(counts), pattern.col_indices().long()
 
 
-def stored_entries(pattern: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-    """Dense bool (stop - start, N): True where those rows store an entry, explicit zeros included."""
-    crow = pattern.crow_indices()[start : None if stop is None else stop + 1]
-    dense = torch.zeros(crow.numel() - 1, pattern.shape[1], dtype=torch.bool, device=pattern.device)
-    dense[entry_rows(crow), pattern.col_indices()[int(crow[0]) : int(crow[-1])].long()] = True
+def stored_entries(pattern: Tensor) -> Tensor:
+    """Dense bool (N, N): True where an entry is stored, explicit zeros included."""
+    dense = torch.zeros(pattern.shape, dtype=torch.bool, device=pattern.device)
+    dense[entries(pattern)] = True
     return dense
 
 
@@ -85,13 +71,8 @@ def is_symmetric(rows: Tensor, columns: Tensor, n: int) -> bool:
 
 def restrict(pattern: Tensor, kept: Tensor) -> Tensor:
     """The pattern among the kept rows alone."""
-    place = torch.full((pattern.shape[0],), -1, device=kept.device)
-    place[kept] = torch.arange(kept.numel(), device=kept.device)
-    indices = place[torch.stack(entries(pattern))]
-    indices = indices[:, (indices >= 0).all(dim=0)]
-    ones = torch.ones(indices.shape[1], device=kept.device)
-    size = (kept.numel(), kept.numel())
-    return torch.sparse_coo_tensor(indices, ones, size, is_coalesced=True, check_invariants=True).to_sparse_csr()
+    coo: Tensor = pattern.to_sparse_coo()  # type: ignore[no-untyped-call]
+    return coo.index_select(0, kept).index_select(1, kept).to_sparse_csr()
 
 
 _cache: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -19,7 +19,7 @@ class Config:
     records: str
     """folder of runs, record file or glob pattern"""
     output: str
-    """file with one record a line, in the order of the commands; the tables and figures read it as they read folders"""
+    """file with one record a line, in the order of the commands, read as a folder is"""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,16 +14,14 @@ from typing import Any, Literal
 
 import matplotlib
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from repro.config import parse_config
 from repro.errors import UserError, run_main
 from repro.report.records import find_records, load_records, records_flag
 from repro.report.tables import aggregate, ordered_labels, select_runs, split_names, text_of
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend first: no display is needed)
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 # Okabe and Ito's palette, told apart also without colour vision; markers and dashes say the same once more.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -59,8 +57,6 @@ class Config:
     each: str | None = None
     """One figure for each value of this field (or of several, separated by commas), put into the file's name:
     depth.png becomes depth-cora.png."""
-    title: str = ""
-    """Printed above the figure."""
 
     def __post_init__(self) -> None:
         if not self.records:
@@ -146,49 +142,41 @@ def draw(config: Config) -> list[Path]:
     if len(curves) > 1:
         joined = [" ".join(filter(None, map(text_of, row))) for row in frame[curves].to_numpy(dtype=object)]
         frame, config = frame.assign(label=joined), dataclasses.replace(config, label="label")
-    output = Path(config.output)
-    if not each:
-        return [_draw_one(frame, config, output, config.title)]
     paths = []
-    for values, part in frame.groupby(each):
-        title = " ".join(map(str, values))
-        path = output.with_stem(f"{output.stem}-{'-'.join(map(str, values))}")
-        paths.append(_draw_one(part, config, path, f"{config.title} {title}".strip()))
+    for values, part in frame.groupby(each) if each else [((), frame)]:
+        names = [str(value) for value in values]
+        path = Path(config.output)
+        path = path.with_stem("-".join([path.stem, *names]))
+        figure = figure_of(part, config, " ".join(names))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        undated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(path.suffix.lower(), {})
+        with matplotlib.rc_context({"svg.hashsalt": "contranorm"}):  # the same records give the same file
+            figure.savefig(path, dpi=160, metadata=undated)
+        paths.append(path)
     return paths
 
 
-def _draw_one(frame: pd.DataFrame, config: Config, output: Path, title: str) -> Path:
+def figure_of(frame: pd.DataFrame, config: Config, title: str) -> Figure:
+    """The figure of these runs."""
     shares = len(_share_out(ordered_labels(frame, config.label)))
     rows, columns, width = (1, shares, 6.5) if config.kind == "depth" else (shares, len(COLLAPSE), 4.2)
-    size = (width * columns, 4.2 * rows)
-    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=config.kind == "depth")
-    try:
-        axes = list(grid.flat)
-        if config.kind == "depth":
-            draw_depth(frame, config, axes)
-        else:
-            draw_collapse(frame, config, axes)
-        for panel in axes:
-            panel.grid(alpha=0.3)
-            panel.spines[["top", "right"]].set_visible(False)
-        if shares == 1:
-            figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
-        else:
-            for panel in grid[0] if config.kind == "depth" else grid[:, 0]:
-                panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize=8, frameon=False)
-        figure.suptitle(title)
-        figure.set_layout_engine("constrained")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with plt.rc_context({"svg.hashsalt": "contranorm"}):  # SVG's element names would be random
-            figure.savefig(output, dpi=160, metadata=_undated(output))
-    finally:
-        plt.close(figure)
-    return output
-
-
-def _undated(output: Path) -> dict[str, Any]:
-    """The same records give the same file, byte for byte: no creation date in it."""
-    return {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(output.suffix.lower(), {})
+    figure = Figure(figsize=(width * columns, 4.2 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=config.kind == "depth")
+    axes = list(grid.flat)
+    if config.kind == "depth":
+        draw_depth(frame, config, axes)
+    else:
+        draw_collapse(frame, config, axes)
+    for panel in axes:
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    if shares == 1:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    else:
+        for panel in grid[0] if config.kind == "depth" else grid[:, 0]:
+            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize=8, frameon=False)
+    figure.suptitle(title)
+    return figure
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,10 @@ BEST_SCALE = "the source gives one number for ContraNorm, at a scale that it cho
 
 @dataclass(frozen=True)
 class Entry:
-    """One number from elsewhere.
+    """One number from elsewhere, as a fraction; std over runs and n where the source gives them.
 
-    Attributes:
-        kind: one of KINDS.
-        source: where it was printed.
-        match: columns of the records, and their values in the cells that the number belongs to. `method` holds several;
-            one without a scale belongs to every scale.
-        metric: name in a record's metrics.
-        mean: a fraction.
-        std: standard deviation over runs, a fraction; None when not given.
-        n: number of runs; None when not given.
-        note: what a reader must know to compare, starting with "inference:" where the match is inferred.
+    `match` holds columns of the records and their values in the cells that the number belongs to. Its `method` may be
+    one of several, and one without a scale belongs to every scale. A note on an inferred match starts "inference:".
     """
 
     kind: str
@@ -47,16 +39,16 @@ class Entry:
     n: int | None = None
     note: str = ""
 
-    def fits(self, cell: dict[str, Any]) -> bool:
+    def fits(self, cell: Mapping[Any, Any]) -> bool:
         """True when the number belongs to this cell: every matched column is known there and equal."""
         return all(
             bool({cell.get("method"), cell.get("family")} & set(wanted))
             if name == "method"
-            else name in cell and _same(cell[name], wanted)
+            else str(cell.get(name)) == str(wanted) or cell.get(name) == wanted
             for name, wanted in self.match.items()
         )
 
-    def notes(self, cell: dict[str, Any]) -> list[str]:
+    def notes(self, cell: Mapping[Any, Any]) -> list[str]:
         """What to say below a table that shows this number in the row of `cell`."""
         any_scale = "method" in self.match and cell.get("method") not in self.match["method"]
         return [note for note in (self.note, BEST_SCALE if any_scale else "") if note]
@@ -75,41 +67,32 @@ def load_entries(path: Path = PAPER) -> list[Entry]:
     for number, group in enumerate(content["groups"], start=1):
         where = f"{path}: group {number}"
         _check_keys(group, _GROUP_KEYS, {"source", "kind", "match", "by", "cells"}, where)
-        if group["source"] not in content["sources"]:
+        source, kind, n = content["sources"].get(group["source"]), group["kind"], group.get("n")
+        if source is None:
             raise UserError(f"{where}: source {group['source']!r} is not listed under sources")
-        if group["kind"] not in KINDS:
-            raise UserError(f"{where}: kind {group['kind']!r} is none of {', '.join(KINDS)}")
+        if kind not in KINDS:
+            raise UserError(f"{where}: kind {kind!r} is none of {', '.join(KINDS)}")
         if not isinstance(group["match"], dict) or not group["match"]:
             raise UserError(f"{where}: match must name the columns of a cell")
-        n = group.get("n")
         if n is not None and (not isinstance(n, int) or n < 1):
             raise UserError(f"{where}: n {n!r} is no number of runs")
+        names = group["by"].split(".")
         for cell in group["cells"]:
             _check_keys(cell, _CELL_KEYS, {"method", "values"}, where)
+            methods = cell["method"] if isinstance(cell["method"], list) else [cell["method"]]
+            inference = cell.get("inference", group.get("inference"))
+            note = f"inference: {inference}" if inference else cell.get("note", group.get("note", ""))
             for key, value in cell["values"].items():
-                entries.append(_entry(group, cell, key, value, content["sources"], where))
+                keyed = dict(zip(names, str(key).split(".") if len(names) > 1 else [key], strict=True))
+                match = {**group["match"], "method": methods, **keyed}
+                metric = match.pop("metric", group.get("metric"))
+                if not isinstance(metric, str):
+                    raise UserError(f"{where}: metric is missing: name it, or key the values by it")
+                mean, std = value if isinstance(value, list) else (value, None)
+                named = f"{where}, {methods[0]} {key}"
+                spread = None if std is None else _fraction(std, f"{named}: std")
+                entries.append(Entry(kind, source, match, metric, _fraction(mean, f"{named}: mean"), spread, n, note))
     return entries
-
-
-def _entry(
-    group: dict[str, Any], cell: dict[str, Any], key: Any, value: Any, sources: dict[str, str], where: str
-) -> Entry:
-    methods = cell["method"] if isinstance(cell["method"], list) else [cell["method"]]
-    names = group["by"].split(".")
-    keyed = dict(zip(names, str(key).split(".") if len(names) > 1 else [key], strict=True))
-    match = {**group["match"], "method": methods, **keyed}
-    metric = match.pop("metric", group.get("metric"))
-    if not isinstance(metric, str):
-        raise UserError(f"{where}: metric is missing: name it, or key the values by it")
-    mean, std = value if isinstance(value, list) else (value, None)
-    inference = cell.get("inference", group.get("inference"))
-    note = f"inference: {inference}" if inference else cell.get("note", group.get("note", ""))
-    where = f"{where}, {methods[0]} {key}"
-    spread = None if std is None else _fraction(std, f"{where}: std")
-    return Entry(
-        group["kind"], sources[group["source"]], match, metric, _fraction(mean, f"{where}: mean"), spread,
-        group.get("n"), note,
-    )  # fmt: skip
 
 
 def _check_keys(part: Any, known: set[str], needed: set[str], where: str) -> None:
@@ -124,9 +107,3 @@ def _fraction(percent: Any, where: str) -> float:
     if isinstance(percent, bool) or not isinstance(percent, (int, float)) or not 0 <= percent <= 100:
         raise UserError(f"{where} {percent!r} is no percentage between 0 and 100")
     return round(percent / 100, 8)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-        return math.isclose(a, b, rel_tol=1e-9)
-    return str(a) == str(b)

@@ -25,11 +25,7 @@ _RESERVED = ("path", "experiment", "protocol", "selection", "seed", "settings", 
 
 
 def check_record(record: Any, where: str) -> dict[str, Any]:
-    """The record as it was written, if it is one.
-
-    Raises:
-        UserError: a required part is missing or of the wrong type.
-    """
+    """The record as it was written; a UserError where a required part is missing or of the wrong type."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: not a run's record (a {type(record).__name__}, not a mapping)")
     missing = [name for name in REQUIRED if name not in record]
@@ -42,20 +38,12 @@ def check_record(record: Any, where: str) -> dict[str, Any]:
 
 
 def find_records(places: str | Path | Iterable[str | Path]) -> list[Path]:
-    """Record files in folders (searched to any depth), named files, and glob patterns.
-
-    Raises:
-        UserError: a place holds none.
-    """
+    """Record files in folders (searched to any depth), named files, and glob patterns; a UserError where none is."""
     found: dict[Path, None] = {}
     for place in [places] if isinstance(places, (str, Path)) else places:
-        here = [Path(p) for p in sorted(glob.glob(str(place), recursive=True))]
         files: list[Path] = []
-        for path in here:
-            if path.is_dir():
-                files += sorted([*path.rglob("record.json"), *path.rglob("records.jsonl")])
-            else:
-                files.append(path)
+        for path in map(Path, sorted(glob.glob(str(place), recursive=True))):
+            files += sorted([*path.rglob("record.json"), *path.rglob("records.jsonl")]) if path.is_dir() else [path]
         if not files:
             raise UserError(f"{place}: no record.json or records.jsonl there")
         found.update(dict.fromkeys(files))
@@ -65,11 +53,7 @@ def find_records(places: str | Path | Iterable[str | Path]) -> list[Path]:
 def iterate_records(
     places: str | Path | Iterable[str | Path], *, as_written: bool = False
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, record) for each run's record, in the current schema; a `.jsonl` file holds one per line.
-
-    Args:
-        places: folders, files or glob patterns.
-        as_written: leave older records in their own schema.
+    """(where, record) for each run's record, in the current schema or `as_written`; a `.jsonl` file holds one per line.
 
     Raises:
         UserError: a file cannot be read, is not a record, or is of a newer schema.
@@ -101,22 +85,17 @@ def load_records(places: str | Path | Sequence[str | Path]) -> pd.DataFrame:
         data, model, method, order, depth, scale: the record's cell.
         family: the method without its scale, "ContraNorm + LayerNorm" for "ContraNorm s=1 + LayerNorm".
         metrics.<name>: numbers, fractions.
-        the config's fields by their own name, or as `config.<name>` where that is one of the columns named here.
-        the record's other values by their own name, or as `record.<name>` where the config has a field of that name.
+        the config's fields and the record's other values by their own name, or as `config.<name>` and `record.<name>`
+            where that names another column.
         settings: names of the config's columns that decide what was computed, not how.
         path: where the record was read.
-
-    Args:
-        places: folders, files or glob patterns.
 
     Raises:
         UserError: nothing there, or a damaged record.
     """
     found = list(iterate_records(places))
-    if not found:
-        raise UserError(
-            f"{places}: only summaries of several seeds are there, none of their runs: name the folder above"
-        )
+    if not found:  # but summaries of several seeds
+        raise UserError(f"{places}: holds no run's record: name the folder above")
     configured = {name for _, record in found for name in record["config"]}
     frame = pd.DataFrame([_row(where, record, configured) for where, record in found], dtype=object)
     for name in frame.columns:
@@ -150,7 +129,7 @@ def _row(where: str, record: dict[str, Any], configured: set[str]) -> dict[str, 
 
 
 def comparable(record: dict[str, Any]) -> dict[str, Any]:
-    """What two runs of the same cell must agree in: the record without times, machine and folders."""
+    """The record without times, machine and folders: what two runs of one cell and seed must agree in."""
     kept = {name: value for name, value in record.items() if name not in VOLATILE_KEYS}
     kept["config"] = {name: value for name, value in record["config"].items() if name not in LOCATION_FIELDS}
     return kept

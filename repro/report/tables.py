@@ -6,7 +6,6 @@ Example: python -m repro.report.tables results/table3/runs --preset table3
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -92,6 +91,8 @@ def split_names(text: str | None) -> list[str]:
 
 def select_best(frame: pd.DataFrame, keys: list[str], best: str, by: str) -> pd.DataFrame:
     """Keep, in each group of `keys`, the runs of the value of `best` with the highest mean of metric `by`."""
+    if best not in frame:
+        raise UserError(f"--best {best}: no field of these records")
     if f"metrics.{by}" not in frame:
         raise UserError(f"--by {by}: no record has that metric; there are {_metrics(frame)}")
     kept = []
@@ -108,8 +109,7 @@ def aggregate(frame: pd.DataFrame, keys: list[str], metric: str) -> pd.DataFrame
     """Mean, sample standard deviation (NaN for one run) and number of runs per cell.
 
     Raises:
-        UserError: a cell mixes protocols, selections or settings, or holds one seed (of one split) twice with
-            different numbers.
+        UserError: a cell mixes protocols or settings, or holds one seed (of one split) twice with different numbers.
     """
     column = f"metrics.{metric}"
     if column not in frame:
@@ -124,9 +124,8 @@ def aggregate(frame: pd.DataFrame, keys: list[str], metric: str) -> pd.DataFrame
         _check_unmixed(group, keys, where)
         numbers = _one_per_replicate(group, column, where)[column]
         if numbers.isna().any():
-            raise UserError(
-                f"cell {where}: {metric} is missing or not a number in {_first(group[group[column].isna()])}"
-            )
+            path = group["path"][group[column].isna()].iloc[0]
+            raise UserError(f"cell {where}: {metric} is missing or not a number in {path}")
         cells.append({**group.iloc[0], **labels, **_spread(numbers)})
     return pd.DataFrame(cells)
 
@@ -140,8 +139,7 @@ def add_average(
 ) -> pd.DataFrame:
     """The cells, and for each row one more: the mean over `wanted` columns of each replicate's runs, over replicates.
 
-    Its column is called `average`, or `average of a, b` when these are all of `wanted` that every row has: such a mean
-    is not comparable with a published one. No column is added when that leaves fewer than two.
+    Where some row lacks one of `wanted`, the column is called `average of a, b`: no published number is of that kind.
     """
     groups = list(frame.groupby(rows, dropna=False, sort=False))
     shared = [w for w in wanted if all((group[columns].astype(str) == w).any() for _, group in groups)]
@@ -161,7 +159,6 @@ def add_average(
 
 
 def _check_unmixed(group: pd.DataFrame, keys: list[str], where: str) -> None:
-    """All runs of a cell share everything that decides what was computed, but seed and split."""
     settings = dict.fromkeys(name for names in group["settings"] for name in names)
     for name in ("protocol", "selection", "experiment", *settings, *reversed(CELL_FIELDS)):
         values = sorted({text_of(value) or "unset" for value in group[name]})
@@ -169,15 +166,16 @@ def _check_unmixed(group: pd.DataFrame, keys: list[str], where: str) -> None:
             raise UserError(f"cell {where} mixes {name}: {', '.join(values)}; add it to --rows, or choose with --where")
 
 
+def split_of(frame: pd.DataFrame) -> pd.Series[Any]:
+    """Each run's split of the data; one that is not set is the first."""
+    given = frame["split"] if "split" in frame else pd.Series(0, index=frame.index)
+    return pd.to_numeric(given, errors="coerce").fillna(0).astype(int)
+
+
 def replicate(frame: pd.DataFrame) -> pd.Series[Any]:
-    """(seed, split) of each run; a split that is not set is the first one. None without a seed."""
-    splits = (
-        pd.to_numeric(frame["split"], errors="coerce").fillna(0)
-        if "split" in frame
-        else pd.Series(0, index=frame.index)
-    )
-    pairs = zip(frame["seed"], splits, strict=True)
-    return pd.Series([None if pd.isna(seed) else (seed, int(split)) for seed, split in pairs], index=frame.index)
+    """(seed, split) of each run; None without a seed."""
+    pairs = zip(frame["seed"], split_of(frame), strict=True)
+    return pd.Series([None if pd.isna(seed) else (seed, split) for seed, split in pairs], index=frame.index)
 
 
 def _one_per_replicate(group: pd.DataFrame, column: str, where: str) -> pd.DataFrame:
@@ -196,10 +194,6 @@ def _metrics(frame: pd.DataFrame) -> str:
     return ", ".join(c.removeprefix("metrics.") for c in frame.columns if c.startswith("metrics.")) or "none"
 
 
-def _first(group: pd.DataFrame) -> str:
-    return str(group["path"].iloc[0]) if len(group) else "a record"
-
-
 # -- beside other numbers --------------------------------------------------------------------------------------------
 
 
@@ -214,20 +208,16 @@ def p_value(a: tuple[float, float | None, int | None], b: tuple[float, float | N
 def compare(
     frame: pd.DataFrame, cells: pd.DataFrame, rows: list[str], metric: str, entries: list[Entry], config: Config
 ) -> tuple[pd.DataFrame, list[str]]:
-    """One row per cell that has a number from elsewhere, and the notes below it: marks, then sources.
-
-    A cell without a number for `metric` shows those of the other metrics that its runs have, say a published F1 beside
-    our F1. Of the columns, only those that hold something are shown.
-    """
+    """One row per cell with a number from elsewhere, of `metric` or else another, and notes: marks, then sources."""
     keys = [*rows, config.columns] if config.columns else rows
     others = dict.fromkeys(e.metric for e in entries if e.metric != metric and f"metrics.{e.metric}" in frame)
-    table, marks, sources = [], _Marks(), dict[str, dict[str, None]]()
+    table, marks, sources = [], dict[str, str](), dict[str, dict[str, None]]()
     compared: set[tuple[str, ...]] = set()
     for name in (metric, *others):
         if name != metric:
             measured = frame.dropna(subset=f"metrics.{name}")
             cells = _sorted(aggregate(measured, keys, name), rows, config.columns)
-        for cell in _dicts(cells):
+        for cell in cells.to_dict("records"):
             labels = tuple(text_of(cell[key]) for key in keys)
             found = [entry for entry in entries if entry.metric == name and entry.fits(cell)]
             if not found or (name != metric and labels in compared):
@@ -244,20 +234,16 @@ def compare(
     if set(beside["metric"]) == {metric}:
         beside = beside.drop(columns="metric")
     beside = beside[[name for name in beside if name in keys or (beside[name] != "").any()]]
-    notes = [f"{mark} {note}" for note, mark in marks.used.items()]
+    notes = [f"{mark} {note}" for note, mark in marks.items()]
     return beside, [*notes, *(f"{title}: {'; '.join(of)}" for title, of in sources.items())]
 
 
-def _beside(cell: dict[str, Any], found: list[Entry], marks: _Marks, percent: bool) -> dict[str, str]:
-    """The numbers of one kind in one column, then ours and how they differ.
-
-    The difference is taken to the released code where it was run here (it has a spread), else to what the authors
-    published, else to another's re-run.
-    """
+def _beside(cell: dict[Any, Any], found: list[Entry], marks: dict[str, str], percent: bool) -> dict[str, str]:
+    """The numbers of each kind in one column, then ours, and how they differ: from the released code, if it was run."""
     row = {}
     for kind, title in KINDS.items():
         entries = [entry for entry in found if entry.kind == kind]
-        row[title] = " / ".join(show(e.mean, e.std, e.n, percent) + marks.of(e.notes(cell)) for e in entries)
+        row[title] = " / ".join(show(e.mean, e.std, e.n, percent) + _mark(e.notes(cell), marks) for e in entries)
     ranks = ("reference-run", "authors", "third-party re-run")
     other = min(found, key=lambda entry: ranks.index(entry.kind))
     p = p_value((cell["mean"], cell["std"], int(cell["n"])), (other.mean, other.std, other.n))
@@ -269,16 +255,11 @@ def _beside(cell: dict[str, Any], found: list[Entry], marks: _Marks, percent: bo
     }
 
 
-class _Marks:
-    """One mark for each note, in order of use."""
-
-    def __init__(self) -> None:
-        self.used: dict[str, str] = {}
-
-    def of(self, notes: list[str]) -> str:
-        for note in notes:
-            self.used.setdefault(note, "†‡§¶‖"[len(self.used) % 5] * (1 + len(self.used) // 5))
-        return "".join(f" {self.used[note]}" for note in notes)
+def _mark(notes: list[str], used: dict[str, str]) -> str:
+    """One mark for each note, in order of use; `used` is note → mark."""
+    for note in notes:
+        used.setdefault(note, "†‡§¶‖"[len(used) % 5] * (1 + len(used) // 5))
+    return "".join(f" {used[note]}" for note in notes)
 
 
 def show(mean: float, std: float | None, n: int | None, percent: bool = True) -> str:
@@ -335,42 +316,26 @@ def render(table: pd.DataFrame, style: str) -> str:
         return markdown_table(table)
     if style == "csv":
         return str(table.to_csv(index=False))
-    head, body = [str(name) for name in table.columns], table.astype(str).to_numpy().tolist()
-    lines = [r"\begin{tabular}{" + "l" * len(head) + "}", r"\toprule", _latex(head), r"\midrule"]
-    return "\n".join([*lines, *map(_latex, body), r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
-def _latex(row: list[str]) -> str:
-    escaped = [c.replace("%", r"\%").replace("_", r"\_").replace("±", r"$\pm$") for c in row]
-    return " & ".join(escaped) + r" \\"
+    return str(table.to_latex(index=False, escape=True)).replace("±", r"$\pm$")
 
 
 def _caption(frame: pd.DataFrame, config: Config) -> str:
     seeds = sorted({int(s) for s in frame["seed"].dropna()}) if "seed" in frame else []
+    splits = sorted(set(split_of(frame)))
     parts = [
         f"{config.metric}{' in %' if config.percent else ''}, mean ± sample standard deviation (number of runs)",
         f"protocol: {', '.join(sorted(set(frame['protocol'])))}",
         f"reported: {', '.join(sorted(set(frame['selection'])))}",
-        f"{len(frame)} runs, seeds {', '.join(map(str, seeds)) or 'not recorded'}{_splits(frame)}",
+        f"{len(frame)} runs, seeds {', '.join(map(str, seeds)) or 'not recorded'}"
+        + (f", splits {', '.join(map(str, splits))}" if len(splits) > 1 else ""),
     ]
     if config.best:
         parts.append(f"in brackets: {config.best} chosen per cell by the highest mean {config.by}")
     return "; ".join(parts) + "."
 
 
-def _splits(frame: pd.DataFrame) -> str:
-    """Which splits of the data the runs are of, where that is more than one."""
-    given = pd.to_numeric(frame["split"], errors="coerce") if "split" in frame else pd.Series(dtype=float)
-    found = sorted({int(split) for split in given.fillna(0)})
-    return f", splits {', '.join(map(str, found))}" if len(found) > 1 else ""
-
-
 def select_runs(frame: pd.DataFrame, where: dict[str, str]) -> pd.DataFrame:
-    """The runs whose fields have these values.
-
-    Raises:
-        UserError: no record has such a field, or none is left.
-    """
+    """The runs whose fields have these values; a UserError where that leaves none."""
     for name, wanted in where.items():
         if name not in frame:
             raise UserError(f"--where {name}: no field of these records")
@@ -386,19 +351,13 @@ def build(config: Config, entries: list[Entry]) -> str:
     rows, columns, metric = split_names(config.rows), config.columns or "", str(config.metric)
     if config.best == "scale":
         rows = ["family" if name == "method" else name for name in rows]
-    if config.best == "scale":
-        rows = ["family" if name == "method" else name for name in rows]
     keys = [*rows, columns] if columns else rows
     if config.best and config.by:
-        if config.best not in frame:
-            raise UserError(f"--best {config.best}: no field of these records")
         frame = select_best(frame, keys, config.best, config.by)
     cells = _sorted(aggregate(frame, keys, metric), rows, columns)
-    if len(set(cells["protocol"])) > 1 and "protocol" not in keys:
-        raise UserError(
-            f"the records mix protocols ({', '.join(sorted(set(cells['protocol'])))}): add protocol to --rows, "
-            "or choose one with --where '{protocol: ...}'"
-        )
+    protocols = sorted(set(cells["protocol"]))
+    if len(protocols) > 1 and "protocol" not in keys:
+        raise UserError(f"the records mix protocols ({', '.join(protocols)}): add protocol to --rows, or use --where")
     if config.average and columns:
         cells = _sorted(add_average(cells, frame, rows, columns, metric, split_names(config.average)), rows, columns)
     best = None if config.best in keys else config.best
@@ -415,19 +374,15 @@ def build(config: Config, entries: list[Entry]) -> str:
 
 
 def _sorted(cells: pd.DataFrame, rows: list[str], columns: str | None = None) -> pd.DataFrame:
-    """Cells as a reader expects them: by data and model, then in the methods' own order, then by the other fields."""
+    """By data and model, then in the methods' own order, then by the other fields."""
     by = [name for name in (*rows, columns) if name]
     where = [name for name in by if name in ("data", "model")]
     cells = cells.reset_index(drop=True)
     places = [
         (*(_sortable(cell[name]) for name in where), cell["order"], *(_sortable(cell[name]) for name in by))
-        for cell in _dicts(cells)
+        for cell in cells.to_dict("records")
     ]
     return cells.loc[sorted(range(len(cells)), key=places.__getitem__)]
-
-
-def _dicts(cells: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(name): value for name, value in cell.items()} for cell in cells.to_dict("records")]
 
 
 def _sortable(value: Any) -> tuple[int, float, str]:
@@ -457,7 +412,6 @@ def main(argv: list[str] | None = None) -> None:
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(config.output), text.encode())
-        print(f"wrote {config.output}", file=sys.stderr)
     print(text, end="")
 
 

@@ -22,22 +22,14 @@ _EXECUTION_FIELDS = [
 _RENAMED = {"norm_scale": "scale", "temp": "tau", "dual_norm": "symmetric", "use_v2": "axis"}
 # Switches that came later: a record without them was made by the form that they now default to.
 _LATER = {"axis": "tokens", "symmetric": False, "pre_norm": False, "learnable": False, "positive": False, "degree": 2}
-_NORMS = (
-    "None", "LN", "PN", "PN-SI", "PN-SCS", "BatchNorm", "DiffGroupNorm", "MeanSubtractionNorm", "GraphNorm",
-    "MessageNorm", "CN",
-)  # fmt: skip
+_NORMS = "None LN PN PN-SI PN-SCS BatchNorm DiffGroupNorm MeanSubtractionNorm GraphNorm MessageNorm CN".split()
 _SITES = (
-    "layer_input", "attention_context", "attention_output", "attention_sum", "attention_norm", "ffn_output", "ffn_sum",
-    "ffn_norm",
-)  # fmt: skip
+    "layer_input attention_context attention_output attention_sum attention_norm ffn_output ffn_sum ffn_norm".split()
+)
 
 
 def upgrade(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """The record in the current schema; the argument is left as it is.
-
-    Args:
-        record: of this schema or an older one; without a number it is of the first.
-        where: file and line, for the message.
+    """The record in the current schema; the argument is left as it is. `where` it stands goes into the message.
 
     Raises:
         UserError: the record's schema is newer than this code, or no number.
@@ -53,9 +45,8 @@ def upgrade(record: dict[str, Any], where: str) -> dict[str, Any]:
     cell_of = {"gnn": _gnn_cell, "BERT_glue": _bert_cell, "ViT_imagenet": _vit_cell}.get(record["experiment"])
     if cell_of:
         config = _LATER | {"implementation": "auto"} | config
-    replaced: tuple[str, ...] = ("schema", "experiment", "probe", "collapse")
-    if record["experiment"] == "BERT_glue":
-        replaced += ("task", "model", "norm")  # the cell says these
+    replaced = {"schema", "experiment", "probe", "collapse"}
+    replaced |= {"task", "model", "norm"} if record["experiment"] == "BERT_glue" else set()  # the cell says these
     new = {
         "schema": SCHEMA,
         "experiment": record["experiment"],
@@ -77,9 +68,8 @@ def _cell(data: Any, model: Any, method: str, order: list[Any], depth: Any, scal
 
 
 def _gnn_cell(config: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """The cell of a graph run; the released form was the only one before `identity` became a setting."""
     mode, scale = str(config.get("norm_mode")), config.get("scale")
-    config["identity"] = config.get("identity", True) if mode == "CN" else None
+    config["identity"] = config.get("identity", True) if mode == "CN" else None  # once the only form
     eq6 = mode == "CN" and not config["identity"]
     method = {"None": "vanilla", "CN": "ContraNorm (Eq. 6)" if eq6 else "ContraNorm"}.get(mode, mode)
     if mode in ("PN", "PN-SI", "PN-SCS") and scale is None:
@@ -120,7 +110,7 @@ def _vit_cell(config: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_metric(collapse: dict[str, list[Any]] | list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Lists by metric, from the graph runs' lists without layers or the image runs' mappings, one for each layer."""
+    """From the graph runs' lists without layers, or the image runs' mappings, one for each layer."""
     if isinstance(collapse, list):
         collapse = {name: [layer.get(name) for layer in collapse] for name in collapse[0]}
     lists = {name: values for name, values in collapse.items() if name not in ("layer", "module", "call")}

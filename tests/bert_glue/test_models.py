@@ -355,7 +355,7 @@ def test_a_configuration_saved_before_there_were_more_switches_loads(vanilla: An
         ({"tau": 0.0}, "tau must be > 0"),
         ({"axis": "rows"}, r"'axis' expected one of \('tokens', 'features'\), got rows"),
         ({"symmetric": 1}, "symmetric"),
-        ({"positive": True, "scale": 0.1}, "learnable=True"),
+        ({"positive": True, "scale": 0.1}, "positive needs learnable"),
         ({"include_padding": "yes"}, "include_padding"),
     ],
 )

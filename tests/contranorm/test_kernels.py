@@ -86,7 +86,7 @@ def test_edges_are_products_along_the_pattern(edges):
     pattern = edges(30, 0.1, symmetric=False)
     dense = stored_entries(pattern)
     a, b, w = unit_rows(30, 4), unit_rows(30, 4, seed=1), unit_rows(30, 3, seed=2)
-    for these, matrix in ((edges_of(pattern), dense), (edges_of(pattern).transpose(), dense.T)):
+    for these, matrix in ((edges_of(pattern), dense), (edges_of(pattern).transposed, dense.T)):
         rows, columns = matrix.nonzero(as_tuple=True)
         inner = these.inner(a, b)
         torch.testing.assert_close(inner, (a[rows] * b[columns]).sum(dim=1))
@@ -94,14 +94,15 @@ def test_edges_are_products_along_the_pattern(edges):
         torch.testing.assert_close(these.subtract(w.clone(), inner, w), w - weights @ w)
         torch.testing.assert_close(these.subtract_transposed(w.clone(), inner, w), w - weights.T @ w)
         torch.testing.assert_close(these.subtract_both(w.clone(), inner, w), w - (weights + weights.T) @ w)
-        assert (these.full is None) == (not matrix.all(dim=1).any())
+        empty = these.empty_is_zero(torch.ones(30, 1)).squeeze(1) == 0
+        assert torch.equal(empty, matrix.all(dim=1))
     assert edges_of(pattern) is edges_of(pattern) and not edges_of(pattern).symmetric
     both = edges_of(edges(30, 0.1, symmetric=True))
     weights = torch.rand(both.columns.numel(), dtype=torch.float64)
     once = both.subtract_transposed(both.subtract(w.clone(), weights, w), weights, w)
     assert both.symmetric
     torch.testing.assert_close(both.subtract_both(w.clone(), weights, w), once)
-    assert both.full is not None and both.full.nonzero().flatten().tolist() == [2]
+    assert both.empty_is_zero(torch.ones(30, 1)).squeeze(1).eq(0).nonzero().flatten().tolist() == [2]
 
 
 def test_monomials_are_counted_once():

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gnn import data as graphs
-from gnn.data import Graph, as_graph, erase_features, features, load_graph, random_split, row_normalize
+from gnn.data import Graph, as_graph, features, load_graph, random_split
 from repro.errors import UserError
 
 CORA = "graphs/planetoid/Cora/raw"
@@ -173,7 +173,7 @@ def test_no_files_and_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def offline(self: Any) -> None:
         raise OSError("the network is unreachable")
 
-    monkeypatch.setattr(graphs.Planetoid, "download", offline)
+    monkeypatch.setattr(graphs.datasets.Planetoid, "download", offline)
     with pytest.raises(UserError, match="cora: could not be downloaded: the network is unreachable"):
         load_graph("cora", tmp_path)
     assert not (tmp_path / "cache").exists()
@@ -189,7 +189,7 @@ def test_a_download_is_checked_and_kept_outside_the_data_root(
         calls.append(1)
         shutil.copytree(cora_copy / CORA, self.raw_dir, dirs_exist_ok=True)
 
-    monkeypatch.setattr(graphs.Planetoid, "download", download)
+    monkeypatch.setattr(graphs.datasets.Planetoid, "download", download)
     empty = tmp_path / "empty"
     empty.mkdir()
     for _ in range(2):  # the second time from the cache
@@ -200,11 +200,6 @@ def test_a_download_is_checked_and_kept_outside_the_data_root(
     with pytest.raises(UserError, match=r"ind\.cora\.ty: truncated or changed"):
         load_graph("cora", empty)
     assert not (tmp_path / "cache").exists()
-
-
-def test_unknown_data_set() -> None:
-    with pytest.raises(UserError, match="unknown data set 'karate': there are cora"):
-        load_graph("karate", "anywhere")
 
 
 # -- graphs that make no sense -----------------------------------------------------------------------------------------
@@ -255,17 +250,21 @@ def test_random_split_partitions_the_nodes() -> None:
     assert torch.bincount(y[train]).tolist() == [20] * 4 and int(validation.sum()) == 500
 
 
-def test_features_are_divided_by_their_row_sum() -> None:
-    x = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
-    torch.testing.assert_close(row_normalize(x), torch.tensor([[0.25, 0.75], [0.0, 0.0]]))
+def test_features_are_divided_by_their_row_sum(make_data: Callable[..., Any]) -> None:
+    data = make_data()
+    data.x[:2] = 0
+    data.x[0, :2] = torch.tensor([1.0, 3.0])
+    x = features(as_graph("small", data), missing_rate=0, seed=0)
+    torch.testing.assert_close(x[:2, :2], torch.tensor([[0.25, 0.75], [0.0, 0.0]]))
+    torch.testing.assert_close(x[2:].sum(dim=1), torch.ones(58))
 
 
 def test_missing_features_spare_the_training_nodes(make_data: Callable[..., Any]) -> None:
     graph = as_graph("small", make_data())
-    erased = erase_features(graph.x, graph.train, 50, seed=0)
+    whole, erased, other = (features(graph, missing_rate=rate, seed=s) for rate, s in ((0, 0), (50, 0), (50, 1)))
     empty = erased.abs().sum(1) == 0
     assert int(empty.sum()) == 20 and not (empty & graph.train).any()  # half of the 40 nodes outside
-    assert torch.equal(erased[~empty], graph.x[~empty])
-    assert not torch.equal(erased, erase_features(graph.x, graph.train, 50, seed=1))
+    assert torch.equal(erased[~empty], whole[~empty])
+    assert not torch.equal(erased, other)
     assert (features(graph, missing_rate=100, seed=0)[~graph.train] == 0).all()
-    assert torch.equal(features(graph, missing_rate=0, seed=0), row_normalize(graph.x))
+    assert (graph.x.abs().sum(1) > 0).all()  # the graph itself is left alone

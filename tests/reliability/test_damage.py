@@ -148,7 +148,7 @@ def test_mutated_checkpoints(tmp_path: Path, trials: Trials, tiny: Any, figures:
 
 def test_mutated_config_files(tmp_path: Path, trials: Trials, figures: dict[str, Any]) -> None:
     choose = random.Random(2)
-    good = to_yaml(GraphConfig(output_dir=str(tmp_path / "run"), norm_mode="CN", norm_scale=1.0))
+    good = to_yaml(GraphConfig(output_dir=str(tmp_path / "run"), norm_mode="CN", scale=1.0))
     lines = good.splitlines()
     config = tmp_path / "config.yaml"
     for number in range(PER_KIND):
@@ -258,7 +258,7 @@ def test_mutated_parquet_files(tmp_path: Path, trials: Trials, figures: dict[str
         table = Parquet([path])
         for index in range(len(table)):
             try:
-                table.image(index)
+                table[index]
             except BadImageError as error:
                 raise UserError(str(error)) from error
 

@@ -24,16 +24,16 @@ def test_parquet(parquet: Path) -> None:
     data = load_data(config(parquet))
     assert data.classes == ["c0", "c1", "c2"]
     assert (len(data.train), len(data.test), data.test_split) == (24, 11, "test")
-    assert [data.train.label(i) for i in range(4)] == [0, 1, 2, 0]
-    assert np.asarray(data.train.image(2)).mean() > np.asarray(data.train.image(0)).mean() + 50
+    assert [data.train[i][1] for i in range(4)] == [0, 1, 2, 0]
+    assert np.asarray(data.train[2][0]).mean() > np.asarray(data.train[0][0]).mean() + 50
 
 
 def test_folders_and_grey_images(make_folders: Folders) -> None:
     data = load_data(config(make_folders(), "FOLDER"))
     assert data.classes == ["n01", "n02", "n03"]
     assert (len(data.train), data.test_split) == (9, "val")
-    assert {data.train.image(i).mode for i in range(9)} == {"RGB"}
-    grey = np.asarray(data.train.image(0))
+    assert {data.train[i][0].mode for i in range(9)} == {"RGB"}
+    grey = np.asarray(data.train[0][0])
     assert np.array_equal(grey[..., 0], grey[..., 2])
 
 
@@ -42,7 +42,7 @@ def test_class_list_chooses_and_numbers_the_classes(make_folders: Folders, tmp_p
     listed.write_text("n03\nn01\n")
     data = load_data(config(make_folders(), "FOLDER", class_list=str(listed)))
     assert data.classes == ["n01", "n03"]
-    assert [data.train.label(i) for i in range(len(data.train))] == [0, 0, 0, 1, 1, 1]
+    assert [data.train[i][1] for i in range(len(data.train))] == [0, 0, 0, 1, 1, 1]
     listed.write_text("n03\nn77\n")
     with pytest.raises(UserError, match="n77"):
         load_data(config(tmp_path / "images", "FOLDER", class_list=str(listed)))
@@ -115,7 +115,7 @@ def test_tiny_imagenets_own_layout(make_folders: Folders) -> None:
     (folder / "val" / "val_annotations.txt").write_text("\n".join(rows) + "\n")
     data = load_data(config(folder, "TINY"))
     assert len(data.test) == 9
-    assert sorted(data.test.label(i) for i in range(9)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert sorted(data.test[i][1] for i in range(9)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_data_root_is_searched(parquet: Path, tmp_path: Path) -> None:
 def test_limit_draws_the_same_mixed_images_for_every_seed(make_folders: Folders) -> None:
     folder = make_folders(per_class=10)
     halves = [load_data(config(folder, "FOLDER", max_train_samples=12, seed=seed)) for seed in (0, 1)]
-    labels = [[half.train.label(i) for i in range(12)] for half in halves]
+    labels = [[half.train[i][1] for i in range(12)] for half in halves]
     assert labels[0] == labels[1]
     assert len(set(labels[0])) == 3
 
@@ -150,19 +150,20 @@ def test_cache_keeps_pixels_and_complaints(make_parquet: Callable[..., Path]) ->
     folder = make_parquet(bad=(5,))
     source = load_data(config(folder)).train
     cached = Cached(source)
-    assert all(np.array_equal(cached.image(i), source.image(i)) for i in range(len(source)) if i != 5)
-    assert [cached.label(i) for i in range(6)] == [source.label(i) for i in range(6)]
+    good = [i for i in range(len(source)) if i != 5]
+    assert all(np.array_equal(cached[i][0], source[i][0]) for i in good)
+    assert [cached[i][1] for i in good] == [source[i][1] for i in good]
     for images in (source, cached):
         with pytest.raises(BadImageError, match=r"train-00000-of-00001\.parquet, row 5"):
-            images.image(5)
+            images[5]
 
 
-def test_cache_refuses_images_of_several_sizes(make_folders: Folders) -> None:
+def test_cache_takes_images_of_several_sizes(make_folders: Folders) -> None:
     folder = make_folders()
     with Image.open(folder / "train" / "n02" / "1.jpeg") as image:
         image.resize((16, 16)).save(folder / "train" / "n02" / "1.jpeg")
-    with pytest.raises(UserError, match="16x16"):
-        load_data(config(folder, "FOLDER", cache=True))
+    train = load_data(config(folder, "FOLDER", cache=True)).train
+    assert {train[i][0].size for i in range(len(train))} == {(16, 16), (32, 32)}
 
 
 def test_parquet_without_images_is_refused(tmp_path: Path) -> None:
@@ -176,5 +177,5 @@ def test_parquet_without_images_is_refused(tmp_path: Path) -> None:
 def test_real_parquet_sets(data_root: Path) -> None:
     data = load_data(config(data_root / "images" / "imagenette_224", "FOLDER", num_workers=0))
     assert (len(data.train), len(data.test), len(data.classes)) == (1000, 500, 10)
-    assert {data.train.image(i).mode for i in range(100)} == {"RGB"}
-    assert data.train.image(0).size == (224, 224)
+    assert {data.train[i][0].mode for i in range(100)} == {"RGB"}
+    assert data.train[0][0].size == (224, 224)

@@ -15,9 +15,9 @@ from ViT_imagenet.config import Config
 from ViT_imagenet.data import load_data
 from ViT_imagenet.loader import (
     BadImages,
-    EvalBatches,
     TrainBatches,
     derive_seed,
+    eval_batches,
     eval_transform,
     make_loader,
     train_transform,
@@ -112,9 +112,8 @@ def test_too_few_images_are_told() -> None:
 
 @pytest.mark.parametrize(("length", "world"), [(11, 1), (11, 2), (1, 2), (16, 3)])
 def test_evaluation_takes_every_image_once(length: int, world: int) -> None:
-    seen = [t.index for rank in range(world) for batch in EvalBatches(length, 4, rank, world) for t in batch]
+    seen = [t.index for rank in range(world) for batch in eval_batches(length, 4, rank, world) for t in batch]
     assert sorted(seen) == list(range(length))
-    assert all(len(list(s)) == len(s) for s in (EvalBatches(length, 4, r, world) for r in range(world)))
 
 
 def test_small_images_are_cropped_from_their_padded_selves() -> None:
@@ -142,7 +141,7 @@ def test_bad_images(make_parquet: Callable[..., Path], workers: int, capsys: pyt
     sampler = TrainBatches(len(data.train), settings, 0, 1)
     train = make_loader(data.train, sampler, train_transform(settings, 32), 32, settings, pin_memory=False)
     test = make_loader(
-        data.test, EvalBatches(11, 4, 0, 1), eval_transform(settings, 32), 32, settings, pin_memory=False
+        data.test, eval_batches(11, 4, 0, 1), eval_transform(settings, 32), 32, settings, pin_memory=False
     )
     skip = BadImages("skip")
     for batch in train:
