@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from gnn.arxiv.config import Config
 from gnn.arxiv.norms import build_norm
-from gnn.arxiv.pyg import GroupAddRev
 from gnn.models import Adjacency, dropout
+from gnn.pyg import nn as pyg_nn
 from gnn.sparse import Pattern, Sparse
 
 SLOPE = 0.2  # of the scores' LeakyReLU
@@ -205,7 +205,7 @@ class RevGAT(nn.Module):
         for _ in range(config.n_layers - 2):
             branch = Branch(config)
             # A list: from one module GroupAddRev would make copies with weights of their own. They start out equal.
-            self.blocks.append(GroupAddRev(nn.ModuleList([copy.deepcopy(branch) for _ in range(config.group)])))
+            self.blocks.append(pyg_nn.GroupAddRev(nn.ModuleList([copy.deepcopy(branch) for _ in range(config.group)])))
         self.norms = nn.ModuleList([build_norm(config) for _ in range(config.n_layers - 1)])
         self.batch_norm = nn.BatchNorm1d(width)
         self.last = GraphAttention(width, classes, 1, **attention)

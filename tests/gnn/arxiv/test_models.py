@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from gnn.arxiv import models
 from gnn.arxiv.config import Config
 from gnn.arxiv.models import Branch, GraphAttention, LayerGraph, RevGAT, layer_graphs, project
-from gnn.arxiv.pyg import GroupAddRev
 from gnn.models import Adjacency
+from gnn.pyg import nn as pyg_nn
 from gnn.sparse import Sparse
 
 Make = Callable[..., Config]
@@ -117,10 +117,8 @@ def test_without_scores_it_is_the_normalized_adjacency(adjacency: Adjacency) -> 
 
 @pytest.mark.parametrize("attn_dst", [False, True])
 def test_it_is_pyg_s_convolution(attn_dst: bool, adjacency: Adjacency) -> None:
-    from torch_geometric.nn import GATConv  # loaded without its warnings by gnn.pyg
-
     ours = attention(use_norm=False, attn_dst=attn_dst)
-    theirs = GATConv(INPUTS, 5, heads=3, add_self_loops=False, bias=False, residual=True)
+    theirs = pyg_nn.GATConv(INPUTS, 5, heads=3, add_self_loops=False, bias=False, residual=True)
     with torch.no_grad():
         theirs.lin.weight.copy_(ours.weight)
         theirs.res.weight.copy_(ours.residual)
@@ -166,7 +164,7 @@ def test_edges_are_dropped_by_number_and_anew_for_each_layer(adjacency: Adjacenc
 @pytest.mark.parametrize("group", [2, 4])
 def test_a_block_is_undone_by_its_inverse(group: int, config: Make, adjacency: Adjacency) -> None:
     settings = config(n_hidden=8, group=group)
-    block = GroupAddRev(nn.ModuleList([Branch(settings) for _ in range(group)]), disable=True)
+    block = pyg_nn.GroupAddRev(nn.ModuleList([Branch(settings) for _ in range(group)]), disable=True)
     x = torch.randn(NODES, 16)
     with torch.no_grad():
         y = block(x.clone(), whole(adjacency, 0.3), torch.ones_like(x))
@@ -178,7 +176,7 @@ def test_a_block_is_undone_by_its_inverse(group: int, config: Make, adjacency: A
 def test_a_block_is_the_published_recursion(config: Make, adjacency: Adjacency) -> None:
     branches = nn.ModuleList([Branch(config()) for _ in range(2)])
     x, mask, graph = torch.randn(NODES, 8), torch.randn(NODES, 8), whole(adjacency)
-    y = GroupAddRev(branches, disable=True)(x, graph, mask)
+    y = pyg_nn.GroupAddRev(branches, disable=True)(x, graph, mask)
     first = x[:, :4] + branches[0](x[:, 4:], graph, mask[:, :4])
     second = x[:, 4:] + branches[1](first, graph, mask[:, 4:])
     torch.testing.assert_close(y, torch.cat([first, second], dim=1))
