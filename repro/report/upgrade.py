@@ -44,7 +44,7 @@ def upgrade(record: dict[str, Any], where: str) -> dict[str, Any]:
         config["axis"] = "features" if config["axis"] else "tokens"
     cell_of = {"gnn": _gnn_cell, "BERT_glue": _bert_cell, "ViT_imagenet": _vit_cell}.get(record["experiment"])
     if cell_of:
-        config = _LATER | {"implementation": "auto"} | config
+        config = _LATER | config
     replaced = {"schema", "experiment", "probe", "collapse"}
     replaced |= {"task", "model", "norm"} if record["experiment"] == "BERT_glue" else set()  # the cell says these
     new = {
