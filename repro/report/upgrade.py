@@ -68,6 +68,8 @@ def _cell(data: Any, model: Any, method: str, order: list[Any], depth: Any, scal
 
 
 def _gnn_cell(config: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    for name, only_value in (("nhead", 1), ("fea_norm", True)):  # before they became settings
+        config.setdefault(name, only_value)
     mode, scale = str(config.get("norm_mode")), config.get("scale")
     config["identity"] = config.get("identity", True) if mode == "CN" else None  # once the only form
     eq6 = mode == "CN" and not config["identity"]
