@@ -414,13 +414,31 @@ def test_every_line_of_the_readme_runs(
     monkeypatch.chdir(root)
     for number, line in enumerate(lines):
         words = shlex.split(line, comments=True)
-        main([*words, "--epochs=1", "--device=cpu", f"--output_dir={tmp_path / str(number)}"])
+        main([*words, "--epochs=1", "--device=cpu", "--report_to=none", f"--output_dir={tmp_path / str(number)}"])
         assert (tmp_path / str(number) / "record.json").exists()
     calls = [call for call in re.findall(r"^    ((?:\w+=.*)?bash (?:gnn|scripts)/\w+\.sh.*)$", text, re.M)]
-    assert len(calls) >= 4
+    calls += re.findall(r"^    (for gpu in .*bash gnn/\w+\.sh.*)$", text, re.M)
+    assert len(calls) >= 16
     for call in calls:
-        script = re.search(r"bash (\S+)", call)
+        script = re.search(r"bash (\S+\.sh)", call)
         assert script is not None and (root / script[1]).is_file(), call
+
+
+def test_times_in_the_readme_are_those_of_records(root: Path) -> None:
+    text = " ".join((root / "gnn/README.md").read_text().split())
+
+    def records(folder: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (root / f"results/{folder}/records.jsonl").read_text().splitlines()]
+
+    count, minutes = re.search(r"quickstart's (\d+) runs take ([\d.]+) minutes of one core", text).groups()
+    quickstart = [record["seconds"] for record in records("quickstart")]
+    assert len(quickstart) == int(count) and sum(quickstart) / 60 == pytest.approx(float(minutes), rel=0.2)
+    cora = [
+        record["seconds"] for record in records("table3_cora")
+        if (record["config"]["nlayer"], record["config"]["norm_mode"], record["config"]["norm_scale"]) == (8, "CN", 1.0)
+    ]  # fmt: skip
+    (seconds,) = re.search(r"about (\d+) s on one core", text).groups()
+    assert sorted(cora)[len(cora) // 2] == pytest.approx(float(seconds), rel=0.2)
 
 
 def test_which_python(root: Path, tmp_path: Path) -> None:
