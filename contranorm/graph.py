@@ -135,6 +135,8 @@ def _excluded(adjacency: Tensor, n: int, add_self_loops: bool) -> Tensor:
             columns, rows = adjacency.long()
         elif adjacency.layout == torch.sparse_csr:
             rows, columns = entries(adjacency)
+            if not add_self_loops or int((rows == columns).sum()) == n:
+                return None  # the matrix itself: a cached value must not keep its own key alive
         else:
             rows, columns = adjacency.coalesce().indices()
         wrong = rows[(rows < 0) | (rows >= n)], columns[(columns < 0) | (columns >= n)]
@@ -142,8 +144,6 @@ def _excluded(adjacency: Tensor, n: int, add_self_loops: bool) -> Tensor:
             raise ValueError(f"edge_index names node {node[0]}, but x has {n} rows")
         loops = torch.arange(n if add_self_loops else 0, device=rows.device)
         pairs: Tensor = torch.cat([rows * n + columns, loops * (n + 1)]).unique()  # type: ignore[no-untyped-call]
-        if adjacency.layout == torch.sparse_csr and len(pairs) == len(rows):
-            return None  # nothing to add, and a cached value must not keep its own key alive
         indices = torch.stack([pairs // n, pairs % n])
         ones = torch.ones(len(pairs), device=pairs.device)
         return torch.sparse_coo_tensor(indices, ones, (n, n), is_coalesced=True, check_invariants=True).to_sparse_csr()

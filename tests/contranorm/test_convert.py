@@ -342,7 +342,8 @@ def test_copies_are_models_of_their_own(clone):
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
 def test_torch_compile():
     model = text_model("distilbert")
-    replace_layer_norms(model, 0.5, verbose=False)
+    del model.transformer.layer[1]
+    replace_layer_norms(model, 0.5, "transformer*", verbose=False)
     want = output(model(IDS, attention_mask=MASK))
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(output(compiled(IDS, attention_mask=MASK)), want)
