@@ -353,7 +353,7 @@ def test_the_effective_batch_is_printed_and_can_be_resumed_with_other_micro_batc
 def test_another_processors_kernels_give_the_same_accuracy(
     undisturbed: Path, flags: list[str], tmp_path: Path, python: str, root: Path
 ) -> None:
-    """The README's tolerance: the saved weights' loss to 1e-4, every image in the same class."""
+    """The README's tolerance: the saved weights' loss to 1e-4, the same accuracy."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
     subprocess.run(
         [python, "-m", "ViT_imagenet.main", *flags, "--eval", f"--resume={undisturbed}",
