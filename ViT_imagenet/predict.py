@@ -27,7 +27,7 @@ class Config:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print one line per image and class: label, probability, file."""
-    config = parse_config(Config, argv, prog="ViT_imagenet.predict", description=str(__doc__))
+    config = parse_config(Config, argv, prog="python -m ViT_imagenet.predict", description=str(__doc__))
     folder = Path(config.model)
     weights = folder / ("model_ema.safetensors" if config.ema else "model.safetensors")
     if not weights.exists():

@@ -156,7 +156,7 @@ def test_jit_trace(name: str, images: Tensor) -> None:
         torch.testing.assert_close(traced(images), model(images))
 
 
-@WAITS
+@pytest.mark.xfail(reason="torch has deprecated it; the kernels are autograd functions, which it cannot compile")
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_jit_script(name: str, images: Tensor) -> None:
     model = build(name)
