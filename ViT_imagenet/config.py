@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from contranorm.options import ContraNormOptions
-from repro.config import CellLabel, RunConfig
+from repro.config import CellLabel, RunConfig, default_data_root
+from repro.errors import UserError
 
 FUSED_OPTIMIZERS = ("adam", "adamw", "sgd")
 
@@ -68,6 +70,9 @@ class Config(ContraNormOptions, RunConfig):
     """Images per process and micro-batch. DeiT: 64 on each of 16 GPUs."""
     accumulate: int = 1
     """Micro-batches per step. The effective batch is batch_size x accumulate x processes."""
+    effective_batch: int | None = None
+    """Images per step, whatever the number of processes: --accumulate follows from it. A multiple of batch_size x
+    processes."""
     lr: float = 5e-4
     """Learning rate per 512 images: it is multiplied by effective batch / 512, as in DeiT, unless --unscaled-lr."""
     unscaled_lr: bool = False
@@ -130,6 +135,12 @@ class Config(ContraNormOptions, RunConfig):
     """One draw per batch, per pair of images, or per image."""
     smoothing: float = 0.1
     """Label smoothing. DeiT's value."""
+    bce_loss: bool = False
+    """Binary cross-entropy, every class of a mixed image a full target, as in DeiT III. Needs --smoothing 0."""
+    three_augment: bool = field(default=False, metadata={"aliases": ("ThreeAugment",)})
+    """DeiT III's augmentation in place of --aa and --reprob: greyscale, solarization or blur, then --color-jitter."""
+    src: bool = False
+    """With --three_augment: a random crop of the resized image in place of the random resized crop."""
 
     # -- distillation
     teacher_model: str | None = None
@@ -180,7 +191,7 @@ class Config(ContraNormOptions, RunConfig):
             self.identity = bool(self.identity)  # Eq. 6 unless asked for: the released form for images
             self.check_switches()
         else:
-            if given := [name for name in self.changed_switches() if getattr(self, name)]:
+            if given := self.changed_switches():
                 raise ValueError(f"--norm vanilla has no ContraNorm, so --{given[0]} has no meaning: drop one of them")
             self.last_norm = "vanilla"
         if self.data_set == "CIFAR":
@@ -196,8 +207,19 @@ class Config(ContraNormOptions, RunConfig):
                 raise ValueError(f"--{name} must be between 0 and 1, got {getattr(self, name)}")
         if not 0 <= self.smoothing < 1 or not 0 <= self.model_ema_decay < 1:
             raise ValueError("--smoothing and --model_ema_decay must be at least 0 and below 1")
-        for name in ("lr", "eval_crop_ratio", "distillation_tau", "max_train_samples", "max_test_samples", "input_size",
-                     "clip_grad"):  # fmt: skip
+        if self.effective_batch is not None and (self.accumulate != 1 or self.effective_batch % self.batch_size):
+            raise ValueError(
+                f"--effective_batch {self.effective_batch} must be a multiple of --batch_size {self.batch_size}, and "
+                "--accumulate follows from it: leave that out"
+            )
+        if self.bce_loss and (self.smoothing or self.distillation_type != "none"):
+            raise ValueError(
+                "--bce_loss needs --smoothing 0, since every class above 0 is a target, and no distillation"
+            )
+        if self.src and not self.three_augment:
+            raise ValueError("--src belongs to --three_augment: add it, or leave --src out")
+        for name in ("lr", "effective_batch", "eval_crop_ratio", "distillation_tau", "max_train_samples",
+                     "max_test_samples", "input_size", "clip_grad"):  # fmt: skip
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
         if self.mixes and self.batch_size % 2:
@@ -216,6 +238,13 @@ class Config(ContraNormOptions, RunConfig):
             raise ValueError("--resume, --finetune and --pretrained are different starting points: give one")
         if self.class_list and self.data_set not in ("IMNET", "IMNET100", "FOLDER"):
             raise ValueError(f"--class_list chooses class folders; --data_set {self.data_set} has none")
+
+    def check_folders(self) -> None:
+        """Refuse folders that were named and are not there, before anything is loaded."""
+        named = {"data_path": self.data_path, "data_root": self.data_root}
+        for name, folder in named.items():
+            if folder not in (None, default_data_root()) and not Path(folder).is_dir() and not self.download:
+                raise UserError(f"--{name} {folder}: no such folder")
 
     def label(self) -> CellLabel:
         """Data set, model and depth; vanilla, or ContraNorm with its step."""

@@ -43,7 +43,7 @@ class Config:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the figure and write the note."""
-    folder = Path(parse_config(Config, argv, prog="ViT_imagenet.curves", description=str(__doc__)).runs)
+    folder = Path(parse_config(Config, argv, prog="python -m ViT_imagenet.curves", description=str(__doc__)).runs)
     records = load_records([folder / "*" / "record.json"])
     records["run"] = [Path(path).parent.name for path in records["path"]]
     lines = {name: pd.read_json(folder / name / "metrics.jsonl", lines=True) for name in records["run"]}

@@ -161,10 +161,8 @@ def load_data(config: Config) -> ImageData:
 
 def _folder(config: Config, name: str) -> Path:
     if config.data_path is not None:
-        folder = Path(config.data_path)
-        if not folder.is_dir() and not config.download:
-            raise UserError(f"--data-path {folder}: no such folder")
-        return folder
+        config.check_folders()
+        return Path(config.data_path)
     places = [Path(config.data_root) / place for place in PLACES[name]]
     for place in places:
         if place.is_dir():

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models.vision_transformer import checkpoint_filter_fn
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -210,6 +210,8 @@ def build_loss(config: Config, model: nn.Module, num_classes: int) -> nn.Module:
     Raises:
         UserError: distillation into a model without the token for it, a teacher that does not fit.
     """
+    if config.bce_loss:
+        return BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)
     loss = SoftTargetCrossEntropy() if config.mixes else LabelSmoothingCrossEntropy(config.smoothing)
     if config.distillation_type == "none":
         return loss

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import auto_augment, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -88,7 +89,14 @@ class TrainBatches(Sampler[list[SampleRef]]):
         self.config = config
         self.rank = rank
         self.world = world
-        self.effective = config.batch_size * config.accumulate * world
+        micro = config.batch_size * world
+        self.effective = config.effective_batch or micro * config.accumulate
+        if self.effective % micro:
+            raise UserError(
+                f"--effective_batch {self.effective} is not a multiple of --batch_size {config.batch_size} x {world} "
+                "processes: change one of them"
+            )
+        self.accumulate = self.effective // micro
         self.epoch = 0
         self.start_step = 0
         self._repeated = RepeatAugSampler(
@@ -108,14 +116,14 @@ class TrainBatches(Sampler[list[SampleRef]]):
         return [*half, *(g - 1 - p for p in reversed(half))]
 
     def __len__(self) -> int:
-        return (self.steps - self.start_step) * self.config.accumulate
+        return (self.steps - self.start_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[SampleRef]]:
         self._repeated.set_epoch(derive_seed(self.config.seed, self.epoch, 0))
         order = list(self._repeated)[: self.steps * self.effective]
         seeds = np.random.SeedSequence((self.config.seed, self.epoch, 1)).generate_state(len(order))
         for step in range(self.start_step, self.steps):
-            for micro in range(self.config.accumulate):
+            for micro in range(self.accumulate):
                 positions = [step * self.effective + p for p in self.share(micro * self.world + self.rank)]
                 yield [SampleRef(order[p], int(seeds[p])) for p in positions]
 
@@ -126,8 +134,24 @@ def eval_batches(length: int, batch_size: int, rank: int, world: int) -> list[li
     return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
 
 
+def three_augment(config: Config, size: int) -> T.Compose:
+    """DeiT III's training transform (Touvron et al., ECCV 2022), PIL image to normalized (3, size, size)."""
+    bicubic = T.InterpolationMode.BICUBIC
+    if config.src:
+        crop = [T.Resize(size, bicubic), T.RandomCrop(size, padding=4, padding_mode="reflect")]
+    else:
+        crop = [T.RandomResizedCrop(size, interpolation=bicubic)]
+    blur = T.Lambda(partial(auto_augment.gaussian_blur_rand, factor=1.0))  # radius 0.1 to 2
+    one = T.RandomChoice([T.Grayscale(3), T.RandomSolarize(threshold=128, p=1.0), blur])
+    jitter = T.ColorJitter(config.color_jitter, config.color_jitter, config.color_jitter)
+    normalize = T.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return T.Compose([*crop, T.RandomHorizontalFlip(), one, jitter, T.ToTensor(), normalize])
+
+
 def train_transform(config: Config, size: int) -> T.Compose:
     """The training transform of timm, PIL image to normalized (3, size, size)."""
+    if config.three_augment:
+        return three_augment(config, size)
     transform: T.Compose = create_transform(
         input_size=size,
         is_training=True,

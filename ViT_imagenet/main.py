@@ -14,7 +14,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and do one run."""
     from ViT_imagenet.config import Config
 
-    config = parse_config(Config, argv, prog="ViT_imagenet.main", description=str(__doc__))
+    config = parse_config(Config, argv, prog="python -m ViT_imagenet.main", description=str(__doc__))
+    config.check_folders()
     # Imported after parsing: a wrong flag is reported before timm and torchvision have loaded.
     import torch
     from accelerate import Accelerator

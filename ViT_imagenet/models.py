@@ -15,7 +15,14 @@ from typing import Any, Literal
 import pandas as pd
 import timm
 import torch
-from timm.models import VisionTransformer, build_model_with_cfg, deit, generate_default_cfgs, register_model
+from timm.models import (
+    VisionTransformer,
+    build_model_with_cfg,
+    deit,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_module,
+)
 from torch import nn
 
 from contranorm import CollapseProbe, ContraNorm, attention_similarity
@@ -23,8 +30,10 @@ from contranorm.options import ContraNormOptions
 
 SUFFIX = "_contranorm"
 LAYER_NORM_EPS = 1e-6  # DeiT's; torch's default is 1e-5
-# The norms of a DeiT that see all tokens of an image, (B, N, D). Any other one sees pooled or per-head tensors.
-TOKEN_NORMS = re.compile(r"norm|norm_pre|blocks\.\d+\.norm[12]")
+# The norms of a DeiT that see all tokens of an image, (B, N, D); any other one sees pooled or per-head tensors. timm's
+# features_only puts `model.`, `body.` or `graph_module.` before the names.
+TOKEN_NORMS = re.compile(r"(?:model\.|body\.|graph_module\.)?(?:norm|norm_pre|blocks\.\d+\.norm[12])")
+register_notrace_module(ContraNorm)  # timm's torch.fx feature extraction takes it as a whole
 _SWITCHES = {f.name for f in fields(ContraNormOptions)} - {"scale", "pre_norm"}  # timm has a pre_norm of its own
 default_cfgs = generate_default_cfgs(  # of the models that timm does not have
     {f"deit_micro_patch8_{side}": deit._cfg(input_size=(3, side, side), crop_pct=1.0) for side in (32, 64)}
@@ -88,14 +97,21 @@ def _with_contra_norm(
     norm = partial(ContraNorm, scale=scale, pre_norm=contra_pre_norm, eps=LAYER_NORM_EPS, **switches)
     model = plain(pretrained, norm_layer=norm, **kwargs)
     _refuse_other_sites(model)
-    if last_norm == "vanilla" and isinstance(model.norm, ContraNorm):
-        _plain_final_norm(model)
+    vit = getattr(model, "model", model)  # with features_only, timm wraps it
+    if last_norm == "vanilla" and isinstance(getattr(vit, "norm", None), ContraNorm):
+        _plain_final_norm(vit)
     return model
 
 
 def _micro(name: str, side: int, pretrained: bool, **kwargs: Any) -> VisionTransformer:
+    features = {
+        "out_indices": kwargs.pop("out_indices", 3),
+        "feature_cls": "getter",
+    }  # for features_only, as timm's ViTs
     size = {"img_size": side, "patch_size": 8, "embed_dim": 128, "depth": 12, "num_heads": 4}
-    model: VisionTransformer = build_model_with_cfg(VisionTransformer, name, pretrained, **{**size, **kwargs})
+    model: VisionTransformer = build_model_with_cfg(
+        VisionTransformer, name, pretrained, feature_cfg=features, **{**size, **kwargs}
+    )
     return model
 
 

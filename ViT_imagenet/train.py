@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -154,12 +155,12 @@ def train(setup: TrainingSetup, run: Run) -> None:
                 setup.scheduler.step_update(epoch * batches.steps + step)
             loss = torch.zeros((), device=accelerator.device)
             setup.optimizer.zero_grad()
-            for micro in range(config.accumulate):
+            for micro in range(batches.accumulate):
                 images, labels = load_batch(setup, next(stream), epoch, step)
                 torch.manual_seed(derive_seed(config.seed, epoch, MODEL, step, micro, accelerator.process_index))
-                last = micro == config.accumulate - 1
+                last = micro == batches.accumulate - 1
                 with nullcontext() if last else accelerator.no_sync(setup.model):
-                    part = batch_loss(setup, images, labels) / config.accumulate
+                    part = batch_loss(setup, images, labels) / batches.accumulate
                     accelerator.backward(part)
                 loss += part.detach()
             if config.clip_grad is not None:
@@ -335,7 +336,7 @@ def report_start(setup: TrainingSetup) -> None:
     )
     scaled = "as given" if config.unscaled_lr else f"{config.lr:g} x {batches.effective} / 512"
     say(
-        f"batch: {config.batch_size} x {config.accumulate} x {setup.accelerator.num_processes} processes = "
+        f"batch: {config.batch_size} x {batches.accumulate} x {setup.accelerator.num_processes} processes = "
         f"{batches.effective}; lr {factory.peak_lr(config, batches.effective):.3g} ({scaled}); "
         f"{batches.steps} steps per epoch, {config.epochs} epochs"
     )
@@ -349,6 +350,7 @@ def finish(setup: TrainingSetup, run: Run, progress: Progress, metrics: dict[str
         images = batch.image[batch.usable].to(setup.accelerator.device)
         extra["collapse"] = collapse_by_block(setup.plain_model, images).to_dict("list")
     if run.main:
+        write_atomic(run.folder / "classes.json", json.dumps(setup.data.classes).encode())  # for ViT_imagenet.predict
         write_atomic(run.folder / "model.safetensors", weights(setup.plain_model))
         if setup.ema is not None:
             write_atomic(run.folder / "model_ema.safetensors", weights(setup.ema.module))

@@ -6,9 +6,10 @@ import ctypes
 import gc
 import json
 import multiprocessing
+import resource
 import shlex
+import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import pandas as pd
 import psutil
 import torch
+from torch.utils.benchmark import timer
 
 from repro.errors import UserError
 from repro.files import write_atomic
@@ -27,11 +29,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def names_in(only: str, known: Iterable[str]) -> list[str]:
-    """The names of a comma-separated `--only`.
-
-    Raises:
-        UserError: one of them is not known.
-    """
+    """The names of a comma-separated `--only`; a UserError where one is not known."""
     names = only.split(",")
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"--only: unknown name {unknown[0]!r}; there are {', '.join(known)}")
@@ -45,18 +43,10 @@ def alternate_ms(functions: Mapping[str, Callable[[], object]], *, rounds: int =
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            synchronize()
-            start = time.perf_counter()
+            start = timer()
             function()
-            synchronize()
-            taken[name].append((time.perf_counter() - start) * 1e3)
-    return {name: float(pd.Series(times).median()) for name, times in taken.items()}
-
-
-def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+            taken[name].append((timer() - start) * 1e3)
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def has_bfloat16() -> bool:
@@ -90,34 +80,22 @@ def peak_extra_mb(function: Callable[[], object]) -> float:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present size
-        before = _status_kib("VmRSS")
+        before = psutil.Process().memory_info().rss
         function()
-        sender.send(_status_kib("VmHWM") - before)
+        sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before / 2**20)
 
     process = context.Process(target=child)
     process.start()
-    sender.close()
     process.join()
     if process.exitcode != 0:
         raise RuntimeError(f"the measured process ended with exit code {process.exitcode}")
-    return float(receiver.recv()) / 1024
-
-
-def _status_kib(name: str) -> int:
-    """A size in KiB from /proc/self/status."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+    return float(receiver.recv())
 
 
 def goal(name: str, value: float, target: float, *, at_least: bool) -> dict[str, Any]:
     """One line of the table of goals."""
-    met = value >= target if at_least else value <= target
-    return {
-        "goal": name,
-        "target": f"{'≥' if at_least else '≤'} {target:g}",
-        "reached": float(f"{value:.4g}"),
-        "met": met,
-    }
+    met, sign = (value >= target, "≥") if at_least else (value <= target, "≤")
+    return {"goal": name, "target": f"{sign} {target:g}", "reached": float(f"{value:.4g}"), "met": met}
 
 
 def report(name: str, rows: Rows, goals: Rows, path: str | None) -> None:
@@ -127,8 +105,7 @@ def report(name: str, rows: Rows, goals: Rows, path: str | None) -> None:
         print("\n" + pd.DataFrame(goals).to_string(index=False))
         print(f"\n{sum(g['met'] for g in goals)} of {len(goals)} goals met")
     if path:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         content = {
             "benchmark": name,
             "command": shlex.join(["python", *sys.orig_argv[1:]]),
@@ -138,5 +115,5 @@ def report(name: str, rows: Rows, goals: Rows, path: str | None) -> None:
             "rows": rows,
             "goals": goals,
         }
-        write_atomic(target, (json.dumps(content, indent=1) + "\n").encode())
-        print(f"written: {target}")
+        write_atomic(Path(path), (json.dumps(content, indent=1) + "\n").encode())
+        print(f"written: {path}")

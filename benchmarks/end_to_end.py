@@ -3,33 +3,56 @@
     python -m benchmarks.end_to_end --data_root data --json out/e2e.json
 
 Cells are ordinary runs of the three mains in a temporary folder, a few epochs or steps of them; an epoch's time is the
-difference of a longer and a shorter run, so that loading does not count; what starting a cell costs is measured by
-itself. Work whose data is not there is left out, with a message.
+difference of a longer and a shorter run, so that loading does not count. Work whose data is not there is left out, with
+a message.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import itertools
 import json
-import os
-import shlex
-import subprocess
-import sys
 import tempfile
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from torch.utils.benchmark import timer
 from tqdm import tqdm
 
-from benchmarks.common import Rows, goal, names_in, report
+import gnn.main
+import ViT_imagenet.main
+from benchmarks.common import DEVICE, Rows, goal, has_bfloat16, names_in, report
+from BERT_glue.config import parse
+from BERT_glue.data import make_loader
+from BERT_glue.efficiency import UsedRows
+from BERT_glue.train import TrainingSetup, make_accelerator, prepare, train_batch
 from repro.config import default_data_root, parse_config
 from repro.errors import UserError, run_main
+from repro.seeding import seed_everything
 
-PARTS = ("cell", "startup", "glue", "deit")
-SEEDS = 5
+# part -> the data that it needs
+PARTS = {"cell": "graphs/planetoid/Cora/raw", "glue": "glue/rte", "deit": "images/cifar10"}
+
+
+BATCH = 32
+COMMON = ["--model_name_or_path", "minilm", "--task_name", "rte", "--pos", "7", "--scale", "0.01", "--seed", "0"]
+OFF = ["--no_group_by_length", "--no_compact_embeddings", "--no_skip_unread_tokens", "--no_fused_optimizer"]
+OFF += ["--no_cheap_dropout"]
+# way -> the flag that it adds to those before it
+WAYS = {
+    "float32, unbucketed": "",
+    "+ bucketed": "--group_by_length",
+    "+ compact embeddings": "--compact_embeddings",
+    "+ fused optimizer": "--fused_optimizer",
+    "+ unread tokens skipped": "--skip_unread_tokens",
+    "+ cheap dropout": "--cheap_dropout",
+}
 
 
 @dataclass
@@ -44,8 +67,6 @@ class Config:
     """folder with graphs/, glue/ and images/"""
     depth: int = 16
     """layers of the Table 3 cell"""
-    epochs: int = 200
-    """epochs of each run of the start-up measurement"""
     steps: int = 20
     """optimizer steps of the GLUE measurement, besides one to warm up"""
     images: int = 2000
@@ -58,19 +79,11 @@ def run_quietly(main: Any, arguments: list[str], folder: Path) -> Rows:
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         main([*arguments, "--output_dir", str(folder)])
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [*(json.loads(line) for line in lines), *records(folder)]
-
-
-def records(folder: Path) -> Rows:
-    """The records of all runs below a folder, by seed."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.rglob("record.json")]
-    return sorted(found, key=lambda record: int(record["seed"]))
+    return [json.loads(line) for line in [*lines, (folder / "record.json").read_text(encoding="utf-8")]]
 
 
 def table3_cell(config: Config, scratch: Path) -> tuple[Rows, Rows]:
     """Seconds of an epoch of a Cora cell: the reference's order of work, and ours, exact and linear."""
-    from gnn.main import main
-
     common = ["--config", "gnn/configs/cora.yaml", "--data_root", config.data_root, "--nlayer", str(config.depth)]
     common += ["--norm_mode", "CN", "--norm_scale", "1.0", "--use_layer_norm", "--checkpoint_every", "1000"]
     ways = {
@@ -79,86 +92,100 @@ def table3_cell(config: Config, scratch: Path) -> tuple[Rows, Rows]:
         "linear, degree 1": ["--implementation", "linear", "--degree", "1"],
         "linear, degree 2": ["--implementation", "linear"],
     }
-    seconds = {}
+    rows: Rows = []
     for way, flags in ways.items():
         few, many = (2, 10) if "plain" in flags else (5, 45)
         short, long = (
-            run_quietly(main, [*common, *flags, "--epochs", str(n)], scratch / f"{way}-{n}")[-1]["seconds"]
+            run_quietly(gnn.main.main, [*common, *flags, "--epochs", str(n)], scratch / f"{way}-{n}")[-1]["seconds"]
             for n in (few, many)
         )
-        seconds[way] = (long - short) / (many - few)
-    slow = seconds["plain, validation pass every epoch"]
-    rows = [
-        {"work": f"Cora, depth {config.depth}, one epoch", "way": way, "seconds": s, "times faster": slow / s}
-        for way, s in seconds.items()
-    ]
+        row = {"work": f"Cora, depth {config.depth}, one epoch", "way": way, "seconds": (long - short) / (many - few)}
+        rows.append(row | {"times faster": (rows or [row])[0]["seconds"] / row["seconds"]})
+    return rows, [goal_of_the_best("Table 3 cell: times faster than plain", rows, 5)]
+
+
+def goal_of_the_best(name: str, rows: Rows, target: float) -> dict[str, Any]:
+    """The goal that the best way must reach."""
     best = max(rows, key=lambda row: float(row["times faster"]))
-    return rows, [
-        goal(f"Table 3 cell: times faster than plain ({best['way']})", best["times faster"], 5, at_least=True)
-    ]
-
-
-def startup(config: Config, scratch: Path) -> tuple[Rows, Rows]:
-    """Whole cells, Cora at depth 2 on one thread: a fresh interpreter for each of five seeds against one sweep.
-
-    Raises:
-        RuntimeError: the two ways did not end in the same metrics.
-    """
-    common = ["-m", "gnn.main", "--data", "cora", "--data_root", config.data_root, "--nlayer", "2"]
-    common += ["--epochs", str(config.epochs)]
-    norms = {"no norm": [], "ContraNorm": ["--norm_mode", "CN", "--norm_scale", "1.0", "--use_layer_norm"]}
-    rows: Rows = []
-    for norm, flags in norms.items():
-        fresh, sweep = scratch / f"{norm} fresh", scratch / f"{norm} sweep"
-        cells = [[*common, *flags, "--seed", str(seed)] for seed in range(SEEDS)]
-        seconds = {
-            "a fresh interpreter per cell": run_processes(
-                [[*cell, "--output_dir", str(fresh / cell[-1])] for cell in cells]
-            ),
-            "one sweep": run_processes(
-                [["-m", "repro.sweep", "--results", str(sweep), "--jobs", "1", "--cluster", "local"]],
-                lines="".join(shlex.join(["python", *cell]) + "\n" for cell in cells),
-            ),
-        }
-        if [r["metrics"] for r in records(fresh)] != [r["metrics"] for r in records(sweep)]:
-            raise RuntimeError(f"{norm}: cells of a sweep end in other metrics than the same commands run alone")
-        slow = seconds["a fresh interpreter per cell"]
-        work = f"Cora, depth 2, {norm}, {SEEDS} cells x {config.epochs} epochs"
-        rows += [{"work": work, "way": way, "seconds": s, "times faster": slow / s} for way, s in seconds.items()]
-    name = f"a cell of a sweep ({rows[1]['work']}): times faster than a fresh interpreter"
-    return rows, [goal(name, rows[1]["times faster"], 2, at_least=True)]
-
-
-def run_processes(commands: list[list[str]], lines: str = "") -> float:
-    """Wall seconds of Python processes, one after another, on one thread each; `lines` is their standard input."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    start = time.perf_counter()
-    for arguments in commands:
-        subprocess.run(
-            [sys.executable, *arguments], env=environment, input=lines, text=True, check=True, capture_output=True
-        )
-    return time.perf_counter() - start
+    return goal(f"{name} ({best['way']})", best["times faster"], target, at_least=True)
 
 
 def glue_epoch(config: Config, scratch: Path) -> tuple[Rows, Rows]:
-    """RTE examples per second with MiniLM and ContraNorm: the plain loop, and each improvement on top of the last."""
-    from benchmarks.glue_epoch import measure
+    """RTE examples per second with MiniLM and ContraNorm: the plain loop, and each improvement on top of the last.
 
-    rows = measure(config.data_root, config.steps, scratch)
-    best = max(rows, key=lambda row: float(row["times faster"]))
-    name = f"GLUE epoch: examples per second, times the slow way ({best['way']})"
-    return rows, [goal(name, best["times faster"], 2.5, at_least=True)]
+    All ways train on the same examples, drawn once, and take their steps in turn, so that a slow minute of the machine
+    hits all of them. Nothing is written to `scratch`.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    ways = {}
+    flags = [*COMMON, "--data_root", config.data_root, "--output_dir", str(scratch), *OFF]
+    for name, flag in WAYS.items():
+        flags += [flag] if flag else []
+        ways[name] = build(flags, config.steps)
+    if has_bfloat16():
+        ways["+ bfloat16"] = build(flags, config.steps, bfloat16=True)
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(config.steps + 1):
+        for name, (_, step) in ways.items():
+            taken[name].append(step())
+    seconds = {name: sum(times[1:]) for name, times in taken.items()}
+    rows: Rows = [
+        {
+            "work": "RTE, MiniLM",
+            "way": name,
+            "examples a second": BATCH * config.steps / seconds[name],
+            "times faster": next(iter(seconds.values())) / seconds[name],
+            "weights, gradients, moments MB": state_mb(setup),
+        }
+        for name, (setup, _) in ways.items()
+    ]
+    return rows, [goal_of_the_best("GLUE epoch: examples per second, times the slow way", rows, 2.5)]
+
+
+def build(flags: list[str], steps: int, bfloat16: bool = False) -> tuple[TrainingSetup, Callable[[], float]]:
+    """A setup with these flags, and a timed step on the warm-up's batch, then on those of the drawn examples."""
+    config = parse(flags)
+    accelerator = make_accelerator(config)
+    setup = prepare(config, accelerator)
+    assert setup.train is not None
+    rows: Any = setup.train.dataset
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: (steps + 1) * BATCH].tolist()
+    grouped = config.group_by_length
+    first, setup.train = (
+        accelerator.prepare(make_loader(part, setup.tokenizer, BATCH, shuffle=True, group_by_length=grouped))
+        for part in (rows.select(drawn[:BATCH]), rows.select(drawn[BATCH:]))
+    )
+    seed_everything(config.seed)
+    setup.model.train()
+    batches = itertools.chain.from_iterable(map(enumerate, (first, setup.train)))
+
+    def step() -> float:
+        number, batch = next(batches)
+        start = timer()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bfloat16):
+            train_batch(setup, batch, number)
+        return timer() - start
+
+    return setup, step
+
+
+def state_mb(setup: TrainingSetup) -> float:
+    """Memory of the parameters, their gradients, and the optimizer's state, in MiB."""
+    tensors = [t for p in setup.model.parameters() for t in (p, p)]
+    tensors += [module.rest for module in setup.model.modules() if isinstance(module, UsedRows)]
+    tensors += [t for state in setup.optimizer.state.values() for t in state.values()]
+    return sum(t.nbytes for t in tensors) / 2**20
 
 
 def deit_epoch(config: Config, scratch: Path) -> tuple[Rows, Rows]:
     """Images per second of the CIFAR-10 configuration, vanilla and with ContraNorm."""
-    from ViT_imagenet.main import main
-
     common = ["--config", "ViT_imagenet/configs/cifar10_cpu.yaml", "--epochs", "1", "--max_test_samples", "100"]
     common += ["--data-path", str(Path(config.data_root) / "images" / "cifar10"), "--seed", "0"]
     common += ["--max-train-samples", str(config.images)]
     ways = {"vanilla": ["--norm", "vanilla"], "ContraNorm": ["--scale", "0.1"]}
-    rate = {w: run_quietly(main, [*common, *f], scratch / w)[0]["images_per_second"] for w, f in ways.items()}
+    run = functools.partial(run_quietly, ViT_imagenet.main.main)
+    rate = {w: run([*common, *flags], scratch / w)[0]["images_per_second"] for w, flags in ways.items()}
     rows = [
         {"work": "CIFAR-10, cifar10_cpu.yaml", "way": way, "images a second": r, "times faster": r / rate["vanilla"]}
         for way, r in rate.items()
@@ -169,17 +196,13 @@ def deit_epoch(config: Config, scratch: Path) -> tuple[Rows, Rows]:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(Config, argv, prog="benchmarks.end_to_end", description=__doc__ or "")
-    names = names_in(config.only, PARTS)
-    cora = "graphs/planetoid/Cora/raw"
-    parts = {"cell": (cora, table3_cell), "startup": (cora, startup), "glue": ("glue/rte", glue_epoch)}
-    parts["deit"] = ("images/cifar10", deit_epoch)
     rows: Rows = []
     goals: Rows = []
-    for name in tqdm(names, desc="parts"):
-        data, measure = parts[name]
-        if not (Path(config.data_root) / data).exists():
-            tqdm.write(f"{name} left out: no {data} below --data_root {config.data_root}")
+    for name in tqdm(names_in(config.only, PARTS), desc="parts"):
+        if not (Path(config.data_root) / PARTS[name]).exists():
+            tqdm.write(f"{name} left out: no {PARTS[name]} below --data_root {config.data_root}")
             continue
+        measure = {"cell": table3_cell, "glue": glue_epoch, "deit": deit_epoch}[name]
         with tempfile.TemporaryDirectory() as scratch:
             more_rows, more_goals = measure(config, Path(scratch))
         rows += more_rows

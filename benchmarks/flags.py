@@ -59,22 +59,9 @@ def flags_of(record: dict[str, Any]) -> str:
 
 
 def compare(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per experiment and set of flags.
-
-    Raises:
-        UserError: an experiment has no runs with all flags off.
-    """
-    frame = pd.DataFrame(
-        [
-            {
-                "experiment": record["experiment"],
-                "seed": record["seed"],
-                "flags": flags_of(record),
-                "value": record["metrics"][METRICS[record["experiment"]]],
-            }
-            for record in records
-        ]
-    )
+    """One line per experiment and set of flags; a UserError where an experiment has no runs with all flags off."""
+    values = [(r["experiment"], r["seed"], flags_of(r), r["metrics"][METRICS[r["experiment"]]]) for r in records]
+    frame = pd.DataFrame(values, columns=["experiment", "seed", "flags", "value"])
     lines = []
     for experiment, runs in frame.groupby("experiment"):
         slow = runs[runs["flags"] == ""].set_index("seed")["value"]

@@ -15,6 +15,8 @@ from benchmarks.table import markdown
 from repro.config import parse_config
 from repro.errors import UserError, run_main
 
+KILLED = ("of_the_sweep", "of_a_cell", "of_a_server", "of_everything")
+
 
 @dataclass
 class Config:
@@ -29,8 +31,9 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     if kills := figures.get("kills"):
         found.append((
-            f"{kills['kills']} SIGKILLs at random moments over a {kills['cells']}-cell sweep ({kills['of_the_sweep']} "
-            f"of the sweep, {kills['of_a_cell']} of a cell, {kills['of_everything']} of everything at once)",
+            f"{kills['kills']} SIGKILLs at random moments over a {kills['cells']}-cell sweep ("
+            + ", ".join(f"{kills[name]} {name.replace('_', ' ')}" for name in KILLED if name in kills)
+            + ")",
             f"{kills['lost']} cells lost, {kills['run_again_after_record']} run again after their record, "
             f"{kills['differing_records']} records differ from the undisturbed sweep's",
         ))  # fmt: skip

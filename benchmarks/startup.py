@@ -8,21 +8,23 @@ seconds are the better measure on a machine that is busy with other work.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
-import statistics
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import goal, report
+import pandas as pd
+
+from benchmarks.common import Rows, goal, report
 from repro.config import default_data_root, parse_config
 from repro.errors import run_main
 from repro.report.records import comparable
@@ -32,7 +34,7 @@ from repro.sweep.runner import PASSIVE_WAIT, CellRunner
 
 # gnn.main, which takes one thread for a small graph, made to take those that it is given.
 ANY_THREADS = "import sys, gnn.train, gnn.main; gnn.train.ONE_THREAD_BELOW = 0; gnn.main.main(sys.argv[1:])"
-Rows = list[dict[str, Any]]
+WAYS = {"1 thread": (1, True), "2 threads, waiting asleep": (2, True), "2 threads, spinning": (2, False)}
 
 
 @dataclass
@@ -51,106 +53,78 @@ class Config:
     """epochs of a cell of the measurement of threads"""
 
 
-def flags(config: Config, *, depth: int, epochs: int, seed: int = 0) -> list[str]:
+def flags(config: Config, depth: int, epochs: int) -> list[str]:
     """Flags of gnn.main for a vanilla cell."""
     cora = (Path(config.data_root) / "graphs" / "planetoid" / "Cora").is_dir()
-    values = {"data": "cora" if cora else "digits", "data_root": config.data_root, "nlayer": depth, "epochs": epochs,
-              "seed": seed, "norm_mode": "None", "device": "cpu"}  # fmt: skip
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    data = f"--data {'cora' if cora else 'digits'} --data_root {shlex.quote(config.data_root)} --device cpu"
+    return shlex.split(f"{data} --norm_mode None --nlayer {depth} --epochs {epochs}")
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> Any:
     """The record of a finished run."""
-    found: dict[str, Any] = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    return found
+    return json.loads((folder / "record.json").read_text(encoding="utf-8"))
 
 
 def startup(config: Config, scratch: Path) -> tuple[Rows, Rows]:
     """Wall and CPU seconds of a shallow cell, from its start by the sweep to its end."""
-    preloader = Preloader()
-    line = " ".join(["python -m gnn.main", *flags(config, depth=2, epochs=config.epochs)])
-    taken: dict[str, list[tuple[float, float]]] = {"fresh interpreter": [], "preloaded": []}
-    records: dict[str, dict[str, Any]] = {}
-    try:
-        for turn in range(config.rounds + 1):
-            for way in taken:
-                cell = make_cell(line, scratch / f"{turn}-{way[0]}")
-                assert cell is not None
-                runner = CellRunner(cell, threads=1, attempt_id="", cwd=os.getcwd())
-                before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-                runner.start(preloader if way == "preloaded" else None)
-                while not runner.poll():
-                    time.sleep(0.002)
-                after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - began
-                cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-                records[way] = read_record(cell.folder)
-                if turn:  # the first start of a server, which imports for all cells, is not a cell's cost
-                    taken[way].append((wall, cpu))
-    finally:
-        preloader.close()
-    rows = [
-        {"cell": "depth 2, vanilla", "way": way, "wall s": statistics.median(wall for wall, _ in times),
-         "CPU s": statistics.median(cpu for _, cpu in times), "training s": records[way]["seconds"]}
-        for way, times in taken.items()
-    ]  # fmt: skip
+    line = shlex.join(["python", "-m", "gnn.main", *flags(config, 2, config.epochs)])
+    taken: Rows = []
+    records = {}
+    with closing(Preloader()) as preloader:
+        # The first start of a server, which imports for all cells, is not a cell's cost: round 0 is left out below.
+        for turn, way in itertools.product(range(config.rounds + 1), ("fresh interpreter", "preloaded")):
+            cell = make_cell(line, scratch / f"{turn}-{way[0]}")
+            assert cell is not None
+            runner = CellRunner(cell, threads=1, attempt_id="", cwd=os.getcwd())
+            before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+            runner.start(preloader if way == "preloaded" else None)
+            while not runner.poll():
+                time.sleep(0.002)
+            after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - began
+            records[way] = read_record(cell.folder)
+            cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            taken.append({"cell": "depth 2, vanilla", "way": way, "wall s": wall, "CPU s": cpu,
+                          "training s": records[way]["seconds"]})  # fmt: skip
+    table = pd.DataFrame(taken[2:]).groupby(["cell", "way"], sort=False).median()
+    ratio = table.iloc[0] / table.iloc[1]
     equal = comparable(records["fresh interpreter"]) == comparable(records["preloaded"])
-    return rows, [
-        goal("cost of a cell, fresh / preloaded (wall)", rows[0]["wall s"] / rows[1]["wall s"], 2, at_least=True),
-        goal("cost of a cell, fresh / preloaded (CPU)", rows[0]["CPU s"] / rows[1]["CPU s"], 2, at_least=True),
+    return table.reset_index().to_dict("records"), [
+        goal("cost of a cell, fresh / preloaded (wall)", float(ratio["wall s"]), 2, at_least=True),
+        goal("cost of a cell, fresh / preloaded (CPU)", float(ratio["CPU s"]), 2, at_least=True),
         goal("equal records", float(equal), 1, at_least=True),
     ]
 
 
-@contextmanager
-def neighbour(config: Config, scratch: Path) -> Iterator[None]:
-    """Another cell, busy until the end of the block."""
-    words = flags(config, depth=8, epochs=1_000_000)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gnn.main", *words, "--output_dir", str(scratch)],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+def start(words: list[str], folder: Path, count: int, passive: bool = True) -> subprocess.Popen[bytes]:
+    """A cell on so many threads, which sleep or spin while they wait for each other."""
+    environment = {name: value for name, value in os.environ.items() if name not in PASSIVE_WAIT}
+    return subprocess.Popen(
+        [sys.executable, "-c", ANY_THREADS, *words, "--output_dir", str(folder)],
+        env=environment | {"OMP_NUM_THREADS": str(count)} | (PASSIVE_WAIT if passive else {}),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    try:
-        while not (scratch / "metrics.jsonl").exists() and process.poll() is None:
-            time.sleep(0.1)
-        yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 def threads(config: Config, scratch: Path) -> tuple[Rows, Rows]:
     """Training seconds of a cell on two cores, alone and beside another cell, by its threads and how they wait."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-
-    def seconds(count: int, passive: bool, name: str) -> float:
-        folder = scratch / name
-        environment = {k: v for k, v in os.environ.items() if k not in PASSIVE_WAIT}
-        environment |= {"OMP_NUM_THREADS": str(count)} | (PASSIVE_WAIT if passive else {})
-        words = flags(config, depth=8, epochs=config.thread_epochs)
-        subprocess.run(
-            [sys.executable, "-c", ANY_THREADS, *words, "--output_dir", str(folder)],
-            env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        return float(read_record(folder)["seconds"])
-
-    ways = {"1 thread": (1, True), "2 threads, waiting asleep": (2, True), "2 threads, spinning": (2, False)}
-    taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-    for turn in range(3):
-        for way, (count, passive) in ways.items():
-            name = f"{turn}-{count}-{passive}"
-            alone = seconds(count, passive, f"alone-{name}")
-            with neighbour(config, scratch / f"neighbour-{name}"):
-                taken[way].append((alone, seconds(count, passive, f"beside-{name}")))
-    rows = [
-        {"cell": "depth 8, vanilla", "way": way, "alone s": statistics.median(alone for alone, _ in times),
-         "beside another s": statistics.median(beside for _, beside in times)}
-        for way, times in taken.items()
-    ]  # fmt: skip
-    _, two, spinning = (row["beside another s"] for row in rows)
-    return rows, [
-        goal("beside another cell, 2 spinning threads / 2 that sleep", spinning / two, 1, at_least=True),
-    ]
+    taken: Rows = []
+    for turn, way, column in itertools.product(range(3), WAYS, ("alone s", "beside another s")):
+        folder = scratch / f"{turn} {way} {column}"
+        neighbour = start(flags(config, 8, 10**6), folder / "other", 1) if column != "alone s" else None
+        try:
+            while neighbour and not (folder / "other" / "metrics.jsonl").exists() and neighbour.poll() is None:
+                time.sleep(0.1)
+            start(flags(config, 8, config.thread_epochs), folder, *WAYS[way]).wait()
+        finally:
+            if neighbour:
+                neighbour.kill()
+                neighbour.wait()
+        taken.append({"cell": "depth 8, vanilla", "way": way, column: read_record(folder)["seconds"]})
+    table = pd.DataFrame(taken).groupby(["cell", "way"], sort=False).median()
+    _, two, spinning = table["beside another s"].tolist()
+    goals = [goal("beside another cell, 2 spinning threads / 2 that sleep", spinning / two, 1, at_least=True)]
+    return table.reset_index().to_dict("records"), goals
 
 
 def main(argv: list[str] | None = None) -> None:

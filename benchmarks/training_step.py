@@ -28,7 +28,6 @@ from gnn.sparse import Pattern, Sparse
 from repro.config import parse_config
 from repro.errors import run_main
 
-Step = Callable[[], None]
 Models = dict[str, tuple[nn.Module, Callable[[nn.Module], Tensor]]]  # variant -> the model, and its loss on one batch
 MODELS = ("gcn", "bert", "deit")
 
@@ -49,7 +48,7 @@ class Config:
     """images in a DeiT batch; BERT's is half of it"""
 
 
-def training_step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor], dtype: torch.dtype) -> Step:
+def training_step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor], dtype: torch.dtype) -> Callable[[], None]:
     """Forward, backward and a step of AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     model.train()
@@ -83,8 +82,7 @@ def bert(batch: int) -> Models:
     inputs = {"input_ids": tokens, "labels": tokens[:, 0] % 2, "attention_mask": torch.ones_like(tokens)}
 
     def loss_of(model: nn.Module) -> Tensor:
-        loss: Tensor = model(**inputs).loss
-        return loss
+        return model(**inputs).loss
 
     size = {"num_hidden_layers": 2, "vocab_size": 1000}
     vanilla = BertForSequenceClassification(BertConfig(**size)).to(DEVICE)
@@ -128,22 +126,17 @@ def measure(name: str, dtype: torch.dtype, config: Config) -> Rows:
 
     ways = {"vanilla": steps.pop("vanilla"), "plain": plain, "fast": steps.pop("contranorm")} | steps
     times = alternate_ms(ways, rounds=config.rounds)
-    kind = str(dtype).removeprefix("torch.")
-    return [
-        {"model": name, "dtype": kind, "variant": label, "ms": ms, "times vanilla": ms / times["vanilla"]}
-        for label, ms in times.items()
-    ]
+    common = {"model": name, "dtype": str(dtype).removeprefix("torch.")}
+    vanilla = times["vanilla"]
+    return [common | {"variant": label, "ms": ms, "times vanilla": ms / vanilla} for label, ms in times.items()]
 
 
 def check_goals(rows: Rows) -> Rows:
     """Ratios to vanilla against their goals."""
     targets = {"deit bfloat16": 1.15, "deit float32": 1.3, "bert float32": 1.04, "bert bfloat16": 1.04}
     fast = {f"{row['model']} {row['dtype']}": row["times vanilla"] for row in rows if row["variant"] == "fast"}
-    return [
-        goal(f"{key}: ContraNorm step, times vanilla", fast[key], target, at_least=False)
-        for key, target in targets.items()
-        if key in fast
-    ]
+    name = "{}: ContraNorm step, times vanilla"
+    return [goal(name.format(k), fast[k], target, at_least=False) for k, target in targets.items() if k in fast]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
         singular_spectrum,
         uniformity,
     )
+    from contranorm.convert import replace_layer_norms, revert
     from contranorm.functional import contra_norm
-    from contranorm.graph import CentreAndNormalize, GraphContraNorm, PairNorm
+    from contranorm.graph import CentreAndNormalize, GraphContraNorm, PairNorm, carry_edges
     from contranorm.layer import ContraNorm, ContraStep
 
 __all__ = [
@@ -28,10 +29,13 @@ __all__ = [
     "GraphContraNorm",
     "PairNorm",
     "attention_similarity",
+    "carry_edges",
     "contra_norm",
     "effective_rank",
     "feature_variance",
     "mean_cosine_similarity",
+    "replace_layer_norms",
+    "revert",
     "singular_spectrum",
     "uniformity",
 ]
@@ -39,7 +43,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for module in ("functional", "layer", "graph", "collapse"):
+        for module in ("functional", "layer", "graph", "collapse", "convert"):
             home = importlib.import_module(f"contranorm.{module}")
             if name in vars(home):
                 return vars(home)[name]

@@ -142,6 +142,7 @@ class ContraNorm(ContraStep, nn.LayerNorm):
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         base = {"normalized_shape": dim, "eps": eps, "elementwise_affine": elementwise_affine, "bias": bias, **place}
         super().__init__(scale, tau, dim=dim, base=base, **place, **switches)
+        self.register_forward_pre_hook(_keep_off_the_fast_path)
 
     def reset_parameters(self) -> None:
         """LayerNorm's ones and zeros; a learnable step starts at `scale`."""
@@ -153,10 +154,29 @@ class ContraNorm(ContraStep, nn.LayerNorm):
 
         A single sequence is (1, N, D): rows of (N, D) could as well be pooled vectors, which must not be contrasted.
         """
+        if x.is_nested:  # by nn.TransformerEncoder, without gradients only: in training the padding would count
+            raise ValueError(
+                "ContraNorm got a nested tensor, as nn.TransformerEncoder makes of a padded batch in eval mode: use "
+                "contranorm.convert.replace_layer_norms, which carries the padding mask in training as well, or "
+                "enable_nested_tensor=False"
+            )
         if x.dim() != 3:
             raise ValueError(
                 f"ContraNorm contrasts the tokens of a sequence: x must be (B, N, D), got {tuple(x.shape)}. Pooled "
                 "vectors (global_pool='avg') or per-head tensors (qk_norm) need a plain LayerNorm; rows of one graph "
                 "need GraphContraNorm"
             )
-        return nn.LayerNorm.forward(self, self.take_step(x, mask))
+        return self.normalize(self.take_step(x, mask))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """The LayerNorm behind the step."""
+        return nn.LayerNorm.forward(self, x)
+
+
+def _keep_off_the_fast_path(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Do nothing. That there is a hook is the point.
+
+    In eval mode and without gradients, nn.TransformerEncoderLayer hands the weights of its norms to one fused kernel
+    and never calls them, whatever their class. It does so only where no module inside has a forward hook, since hooks
+    would be skipped as well: of its conditions, the one that means "this module must be called".
+    """

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 from contranorm.options import ContraNormOptions
-from repro.config import CellLabel, RunConfig
+from repro.config import CellLabel, RunConfig, default_data_root
 
 DataName = Literal[
     "cora", "citeseer", "pubmed", "chameleon", "squirrel", "texas", "wisconsin", "cornell", "actor", "dblp",
@@ -37,6 +38,9 @@ class Config(ContraNormOptions, RunConfig):
 
     hid: int = 32
     """Width of the hidden layers; 32 as in the reference."""
+
+    nhead: int = 1
+    """Attention heads of DeepGAT's hidden layers, side by side: each is hid / nhead wide."""
 
     nlayer: int = 2
     """Number of convolutions, the output layer included; for SGC, of propagation steps. Table 3: 2 4 8 16 32."""
@@ -73,6 +77,9 @@ class Config(ContraNormOptions, RunConfig):
     missing_rate: float = 0.0
     """Percent (0 to 100) of the nodes outside the training set whose features are erased; 0 as in Table 3."""
 
+    fea_norm: bool = True
+    """Divide each node's features by their sum, as in Table 3; --no_fea_norm takes them as they are."""
+
     protocol: Literal["reference", "standard"] = "reference"
     """reference: test on all nodes outside train and validation, after the last epoch (Table 3). standard: the data
     set's own test nodes, at the epoch of best validation accuracy."""
@@ -90,14 +97,17 @@ class Config(ContraNormOptions, RunConfig):
     """Epochs between checkpoints: 50 costs well under 1 % of a run and loses seconds at most."""
 
     probe: bool = False
-    """Write collapse metrics of every layer (mean cosine, effective rank, variance) to probe.csv and the record."""
+    """Collapse metrics of every hidden layer before and after training (mean cosine, effective rank, variance), and the
+    last one's singular spectrum, in the record; those after training in probe.csv too."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU when there is one. Graphs of fewer than 10,000 nodes get one CPU thread: a
     second one is no faster there, and slows down whatever else the machine runs."""
 
     def __post_init__(self) -> None:
-        for name in ("hid", "nlayer", "epochs", "residual", "checkpoint_every", "eval_every"):
+        if self.data_root != default_data_root() and not Path(self.data_root).is_dir():
+            raise ValueError(f"--data_root {self.data_root}: no such folder")
+        for name in ("hid", "nhead", "nlayer", "epochs", "residual", "checkpoint_every", "eval_every"):
             value, low = getattr(self, name), 0 if name == "residual" else 1
             if value is not None and value < low:
                 raise ValueError(f"--{name} must be at least {low}, got {value}")
@@ -113,6 +123,10 @@ class Config(ContraNormOptions, RunConfig):
             raise ValueError(f"--split: {self.data} has one split; those with ten are {', '.join(TEN_SPLITS)}")
         if self.split is not None and not 0 <= self.split <= 9:
             raise ValueError(f"--split must be 0 to 9, got {self.split}")
+        if self.nhead > 1 and self.model != "DeepGAT":
+            raise ValueError(f"--nhead: {self.model} has no attention heads; leave it at 1, or take --model DeepGAT")
+        if self.hid % self.nhead:
+            raise ValueError(f"--hid must be a multiple of --nhead, got {self.hid} and {self.nhead}")
         if self.model == "SGC" and self.residual:
             raise ValueError("--residual: SGC has one linear layer and nothing to add a residual to; leave it at 0")
 

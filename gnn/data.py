@@ -161,13 +161,13 @@ def digits() -> Data:
     )
 
 
-def features(graph: Graph, *, missing_rate: float, seed: int) -> Tensor:
+def features(graph: Graph, *, missing_rate: float, seed: int, normalize: bool = True) -> Tensor:
     """(N, F) model input: a random percentage of the nodes outside train erased, then rows divided by their sum."""
     outside = (~graph.train).nonzero().squeeze(1)
     order = torch.randperm(len(outside), generator=torch.Generator().manual_seed(seed))
     x = graph.x.clone()
     x[outside[order[: int(len(outside) * missing_rate / 100)]]] = 0
-    return x / (x.sum(dim=1, keepdim=True) + 1e-6)
+    return x / (x.sum(dim=1, keepdim=True) + 1e-6) if normalize else x
 
 
 # -- raw files --------------------------------------------------------------------------------------------------------

@@ -91,10 +91,10 @@ class GraphConvolution(nn.Module):
 
 
 class AttentionConvolution(pyg.nn.GATConv):  # type: ignore[misc]
-    """Graph attention with one head (Velickovic et al., ICLR 2018), PyG's."""
+    """Graph attention (Velickovic et al., ICLR 2018), PyG's; several heads share the outputs."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, add_self_loops=False)  # the pattern has them
+    def __init__(self, inputs: int, outputs: int, heads: int = 1) -> None:
+        super().__init__(inputs, outputs // heads, heads, add_self_loops=False)  # the pattern has them
 
     def forward(self, x: Tensor | Sparse, adjacency: Adjacency) -> Tensor:
         """(N, F) → (N, D)."""
@@ -183,11 +183,12 @@ class DeepGCN(nn.Module):
     def __init__(self, config: Config, inputs: int, classes: int) -> None:
         super().__init__()
         widths = [inputs, *[config.hid] * (config.nlayer - 1)]
+        heads = {"heads": config.nhead} if config.nhead > 1 else {}
         self.layers = nn.ModuleList()
         for before, after in zip(widths[:-1], widths[1:], strict=True):
             fits = config.norm_mode != "MessageNorm" or before == after  # it adds the message to the layer's input
             norm = build_norm(config, after) if fits else nn.Identity()
-            self.layers.append(Layer(self.convolution(before, after), norm, config.dropout))
+            self.layers.append(Layer(self.convolution(before, after, **heads), norm, config.dropout))
         self.shared_norm = nn.LayerNorm(config.hid) if config.use_layer_norm else None
         self.output = self.convolution(widths[-1], classes)
         self.rate, self.dropedge, self.residual = config.dropout, config.dropedge, config.residual
@@ -206,7 +207,7 @@ class DeepGCN(nn.Module):
 
 
 class DeepGAT(DeepGCN):
-    """`nlayer` attention convolutions."""
+    """`nlayer` attention convolutions, the last with a single head."""
 
     convolution = AttentionConvolution
 

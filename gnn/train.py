@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from contranorm import CollapseProbe
+from contranorm import CollapseProbe, singular_spectrum
 from gnn.config import Config
 from gnn.data import Graph, features, load_graph
 from gnn.models import SGC, Adjacency, DeepGCN, build_model, describe
@@ -48,7 +48,7 @@ def prepare(config: Config) -> TrainingSetup:
     graph = load_graph(config.data, config.data_root, split=config.split)
     if len(graph.y) < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
-    x = features(graph, missing_rate=config.missing_rate, seed=config.seed).to(device)
+    x = features(graph, missing_rate=config.missing_rate, seed=config.seed, normalize=config.fea_norm).to(device)
     sparse = (x != 0).float().mean() < SPARSE_BELOW
     return TrainingSetup(
         config=config,
@@ -65,6 +65,7 @@ def train(setup: TrainingSetup, run: Run) -> None:
     seed_everything(config.seed)
     model = build_model(config, x.shape[1], graph.classes).to(setup.device)
     print(describe(model, config))
+    untrained = collapse_by_layer(model, setup) if config.probe else {}
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.wd)
     best: dict[str, Any] = {"validation": -1.0, "epoch": 0, "model": None}
     start = 0
@@ -77,7 +78,8 @@ def train(setup: TrainingSetup, run: Run) -> None:
 
     labels, nodes = graph.y.to(setup.device), graph.train.to(setup.device)
     every = config.eval_every or (1 if config.protocol == "standard" else config.epochs)
-    for epoch in tqdm(range(start + 1, config.epochs + 1), initial=start, total=config.epochs):
+    bar = tqdm(range(start + 1, config.epochs + 1), initial=start, total=config.epochs)
+    for epoch in bar:
         model.train()
         loss = F.cross_entropy(model(x, adjacency)[nodes], labels[nodes])
         optimizer.zero_grad(set_to_none=True)
@@ -85,6 +87,7 @@ def train(setup: TrainingSetup, run: Run) -> None:
         optimizer.step()
 
         line: dict[str, Any] = {"epoch": epoch, "loss": loss.item()}
+        bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
         last = epoch == config.epochs
         if epoch % every == 0 or last:
             line |= accuracies(model, setup)
@@ -107,7 +110,8 @@ def train(setup: TrainingSetup, run: Run) -> None:
         parameters=sum(p.numel() for p in model.parameters()),
         norm=describe(model, config),
         nodes={name: int(mask.sum()) for name, mask in masks.items()},
-        **({"collapse": collapse_by_layer(model, setup, run.folder)} if config.probe else {}),
+        **(collapse_by_layer(model, setup, csv=run.folder / "probe.csv") if config.probe else {}),
+        **{f"{name}_untrained": values for name, values in untrained.items()},
     )
     accuracy = record["metrics"]["test_accuracy"]
     print(f"test accuracy {accuracy:.4f} ({config.protocol} protocol), {run.folder / 'record.json'}")
@@ -130,13 +134,22 @@ def accuracies(model: nn.Module, setup: TrainingSetup) -> dict[str, float]:
     return {name: right[mask].double().mean().item() for name, mask in nodes.items()}
 
 
-@torch.inference_mode()
-def collapse_by_layer(model: DeepGCN | SGC, setup: TrainingSetup, folder: Path) -> dict[str, list[float]]:
-    """Collapse metrics of each hidden layer's output, as lists by metric and the layers' numbers; also in probe.csv."""
+@torch.no_grad()
+def collapse_by_layer(model: DeepGCN | SGC, setup: TrainingSetup, csv: Path | None = None) -> dict[str, Any]:
+    """What `--probe` puts into the record, the metrics also into a file.
+
+    Returns:
+        collapse: lists by metric over the hidden layers' outputs, and the layers' numbers, from 1.
+        spectrum: singular values of the last one's, as shares of their sum, in descending order.
+    """
     model.eval()
-    with CollapseProbe(model, [f"layers.{i}" for i in range(len(model.layers))]) as probe:
+    layers = [f"layers.{i}" for i in range(len(model.layers))]
+    last = CollapseProbe(model, layers[-1:], metrics={"spectrum": singular_spectrum})
+    with CollapseProbe(model, layers) as probe, last:
         model(setup.features, setup.adjacency)
     frame = probe.frame().drop(columns=["call", "module"])
     frame["layer"] += 1
-    write_atomic(folder / "probe.csv", frame.to_csv(index=False).encode())
-    return {str(name): values for name, values in frame.to_dict("list").items()}
+    if csv is not None:
+        write_atomic(csv, frame.to_csv(index=False).encode())
+    spectrum = [value for values in last.frame()["spectrum"] for value in values.tolist()]
+    return {"collapse": frame.to_dict("list"), "spectrum": spectrum}

@@ -66,9 +66,6 @@ def save_checkpoint(folder: Path, step: int, state: Any) -> Path:
         step: number of the step (or epoch) that `state` is the end of; orders the checkpoints.
         state: nest of dicts, lists, tuples, numbers, strings, None and tensors.
 
-    Returns:
-        The checkpoint's folder.
-
     Raises:
         TypeError: `state` holds something else.
         OSError: disk full, folder read-only; the checkpoints that were there stay whole.
@@ -95,16 +92,11 @@ def save_checkpoint(folder: Path, step: int, state: Any) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_folder(folder)
-    for leftover in [*_superseded(folder, target), *folder.glob(".tmp-step-*")]:
+    paths = list_checkpoints(folder)
+    kept = [p for p in paths if p.name <= target.name][-KEEP:]  # a later step is a damaged one, after a fall-back
+    for leftover in [p for p in paths if p not in kept] + list(folder.glob(".tmp-step-*")):
         shutil.rmtree(leftover, ignore_errors=True)
     return target
-
-
-def _superseded(folder: Path, newest: Path) -> list[Path]:
-    """All but the last two up to `newest`; a later step is a damaged checkpoint that a fall-back has left behind."""
-    paths = list_checkpoints(folder)
-    current = [p for p in paths if p.name <= newest.name]
-    return [p for p in paths if p not in current[-KEEP:]]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -30,10 +30,6 @@ def _out_of_memory(error: Exception) -> bool:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
 def run_main(main: Callable[[], object]) -> NoReturn:
     """Call `main` and leave the process: 0 when it returns, 2 with one line on a `UserError`, 130 on Ctrl-C.
 
@@ -54,9 +50,7 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        print(
-            f"error: out of memory ({_first_line(error)}): smaller batches or a smaller model need less",
-            file=sys.stderr,
-        )
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        print(f"error: out of memory ({reason}): smaller batches or a smaller model need less", file=sys.stderr)
         sys.exit(2)
     sys.exit(result if isinstance(result, int) and not isinstance(result, bool) else 0)

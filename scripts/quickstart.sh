@@ -3,18 +3,24 @@
 #   bash scripts/quickstart.sh                 # the embedded digits graph, nothing downloaded but packages
 #   DATA=cora bash scripts/quickstart.sh       # Cora, from $CONTRANORM_DATA, else ../shared/data, else downloaded
 # Works from any folder; the second time it installs nothing and repeats no finished run. Flags and their defaults:
-#   --data digits  --depths 2,4,8,16  --seeds 2 (how many)  --epochs 100  --jobs (one per core)  --data_root FOLDER
+#   --data digits  --depths 2 4 8 16  --seeds 2 (how many)  --epochs 100  --jobs (one per core)  --data_root FOLDER
 #   --output_dir out/quickstart (from the repository root)
 set -euo pipefail
-data="${DATA:-digits}" depths=2,4,8,16 seeds=2 epochs=100 jobs="$(nproc)" output_dir=out/quickstart
+data="${DATA:-digits}" depths="2 4 8 16" seeds=2 epochs=100 jobs="$(nproc)" output_dir=out/quickstart
 data_root="${CONTRANORM_DATA:-}"
 fail() { echo "error: $1" >&2 && exit 2; }
 
 while [ $# -gt 0 ]; do
     case "$1" in
         --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-        --data | --depths | --seeds | --epochs | --jobs | --data_root | --output_dir)
+        --depths)
+            shift
+            depths=""
+            while [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; do depths+=" $1" && shift; done
+            ;;
+        --data | --seeds | --epochs | --jobs | --data_root | --output_dir)
             [ $# -gt 1 ] || fail "$1 needs a value"
+            [ "$1" != --data_root ] || [ -d "$2" ] || fail "--data_root $2: no such folder"
             declare "${1#--}=$2"
             shift 2
             ;;

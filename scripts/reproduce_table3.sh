@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Table 3 of the paper: the whole sweep, then two tables (every scale; for each norm the scale of best validation
-# accuracy) and a figure per data set. Takes the variables of gnn/run_different_baselines.sh (DATASETS, DEPTHS, NORMS,
-# SCALES, SEEDS, ...); `--dry-run` prints the plan only. Re-running the command after a stop resumes.
+# Table 3 of the paper: the whole sweep, both conventions of ContraNorm's scale and as many scales for PN-SI where depth
+# hurts it, then two tables (every scale; for each norm the scale of best validation accuracy) and a figure per data set.
+# Takes the variables of gnn/run_different_baselines.sh (DATASETS, DEPTHS, NORMS, SCALES, SEEDS, ...); `--dry-run` prints
+# the plan only. Re-running the command after a stop resumes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
+export FORMS="${FORMS:-identity eq6}" SCALES="${SCALES:-0.2 0.5 0.8 1.0 2 5 10 20 50}" \
+    EQ6_SCALES="${EQ6_SCALES:-0.2 0.5 0.8 1.0}" DEEP_PN_SI_SCALES="${DEEP_PN_SI_SCALES:-0.2 0.5 0.8 2 5 10 20 50}"
 export RESULTS="${RESULTS:-results/table3/runs}"
 export RECORDS="${RECORDS-$(compgen -G 'results/table3/*.jsonl' | paste -sd, || true)}"
 folder="$(dirname "$RESULTS")"

@@ -57,7 +57,7 @@ _NONE: dict[_Key, Tensor] = {}
 _NOTHING = ExcludedPairs(_NONE, _NONE)
 
 
-def excluded_pairs(pattern: Tensor, tile: int = TILE) -> ExcludedPairs:
+def excluded_pairs(pattern: Tensor, tile: int) -> ExcludedPairs:
     """Sort the entries of a sparse CSR (N, N) into tiles; remembered per tensor, which must not change afterwards."""
 
     def make() -> ExcludedPairs:
@@ -190,19 +190,18 @@ def blocked_contrast(
     tau: float,
     symmetric: bool,
     dtype: torch.dtype | None = None,
-    tile: int = TILE,
 ) -> Tensor:
     """A·v, or (A + softmax over columns)·v, for one set of rows: x̂ (N, D), v (N, C), excluded pairs CSR (N, N).
 
-    `dtype` is that of the factors of the products, None that of x̂, in which sums stay. `tile` changes rounding only.
+    `dtype` is that of the factors of the products, None that of x̂, in which sums stay.
     """
     if 1 / tau > MAX_LOGIT and unit.dtype != torch.float64:
-        wide = blocked_contrast(unit.double(), values.double(), exclude, tau=tau, symmetric=symmetric, tile=tile)
+        wide = blocked_contrast(unit.double(), values.double(), exclude, tau=tau, symmetric=symmetric)
         return wide.to(values.dtype)
-    excluded = _NOTHING if exclude is None else excluded_pairs(exclude, tile)
+    excluded = _NOTHING if exclude is None else excluded_pairs(exclude, TILE)
 
     def product(w: Tensor, excluded: ExcludedPairs) -> Tensor:
-        result: Tensor = _KernelProduct.apply(unit, w, tau, excluded, dtype or unit.dtype, tile)
+        result: Tensor = _KernelProduct.apply(unit, w, tau, excluded, dtype or unit.dtype, TILE)
         return result
 
     ones = values.new_ones(values.shape[0], 1)

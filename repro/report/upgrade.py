@@ -22,6 +22,11 @@ _EXECUTION_FIELDS = [
 _RENAMED = {"norm_scale": "scale", "temp": "tau", "dual_norm": "symmetric", "use_v2": "axis"}
 # Switches that came later: a record without them was made by the form that they now default to.
 _LATER = {"axis": "tokens", "symmetric": False, "pre_norm": False, "learnable": False, "positive": False, "degree": 2}
+_LATER_OF = {
+    "gnn": {"nhead": 1, "fea_norm": True},
+    "BERT_glue": {},
+    "ViT_imagenet": {"bce_loss": False, "three_augment": False, "src": False, "effective_batch": None},
+}
 _NORMS = "None LN PN PN-SI PN-SCS BatchNorm DiffGroupNorm MeanSubtractionNorm GraphNorm MessageNorm CN".split()
 _SITES = (
     "layer_input attention_context attention_output attention_sum attention_norm ffn_output ffn_sum ffn_norm".split()
@@ -44,7 +49,7 @@ def upgrade(record: dict[str, Any], where: str) -> dict[str, Any]:
         config["axis"] = "features" if config["axis"] else "tokens"
     cell_of = {"gnn": _gnn_cell, "BERT_glue": _bert_cell, "ViT_imagenet": _vit_cell}.get(record["experiment"])
     if cell_of:
-        config = _LATER | {"implementation": "auto"} | config
+        config = _LATER | _LATER_OF[record["experiment"]] | config
     replaced = {"schema", "experiment", "probe", "collapse"}
     replaced |= {"task", "model", "norm"} if record["experiment"] == "BERT_glue" else set()  # the cell says these
     new = {

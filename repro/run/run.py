@@ -1,11 +1,10 @@
 """One run is one folder: args.yaml, env.json, metrics.jsonl, checkpoints, and record.json, written last.
 
-record.json's presence means *done*. The same command again goes on from the last checkpoint, or says that it is done.
+record.json's presence means *done*. The same command again resumes from the last checkpoint, or says that it is done.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -23,7 +22,7 @@ import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import IO, Any
 
 import numpy as np
@@ -45,7 +44,7 @@ def environment() -> dict[str, Any]:
     return {
         "commit": _commit(),
         "python": platform.python_version(),
-        "versions": dict(_versions()),
+        "versions": _versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "cpus": len(os.sched_getaffinity(0)),
@@ -55,11 +54,8 @@ def environment() -> dict[str, Any]:
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    installed = {name: list(metadata.distributions(name=name)) for name in _PACKAGES}
+    return {name: found[0].version for name, found in installed.items() if found}
 
 
 def _commit() -> str | None:
@@ -99,9 +95,9 @@ class Run:
     Args:
         output_dir: the folder; made if missing.
         experiment: name of the sub-project, for the record.
-        config: all settings; says in which cell of a table the run stands.
-        main: False in the processes that only help (rank > 0): they read, and write nothing.
-        report_to: trackers that get every line of metrics too ("tensorboard", "wandb,mlflow", ...); see `track`.
+        config: all settings.
+        main: False in processes of rank > 0, which read and write nothing.
+        report_to: trackers that get every line of metrics too ("tensorboard", "wandb,mlflow", ...).
 
     Raises:
         UserError: another process holds the folder, it belongs to a run with other settings, or it cannot be written.
@@ -111,6 +107,7 @@ class Run:
         self, output_dir: str | Path, experiment: str, config: RunConfig, *, main: bool = True, report_to: str = NONE
     ) -> None:
         self.folder = Path(output_dir)
+        self._checkpoints = self.folder / "checkpoints"
         self.experiment = experiment
         self.config = config
         self.main = main
@@ -134,14 +131,12 @@ class Run:
                 raise UserError(f"--output_dir {self.folder}: cannot be written ({error.strerror})") from error
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                self._lock.close()
-                raise UserError(f"--output_dir {self.folder}: another process is writing this run") from error
-            try:
                 self._check_same_config()
                 self._remove_leftovers()
-            except BaseException:
+            except BaseException as error:
                 self._lock.close()  # __exit__ is not called for a block that was never entered
+                if isinstance(error, BlockingIOError):
+                    raise UserError(f"--output_dir {self.folder}: another process is writing this run") from error
                 raise
         for signum in (signal.SIGTERM, signal.SIGUSR2):
             self._handlers[signum] = signal.signal(signum, self._on_signal)
@@ -152,9 +147,7 @@ class Run:
             self._trackers.start(self.experiment, self.folder, self.config)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
         self._trackers.finish()
@@ -168,28 +161,26 @@ class Run:
         """A folder belongs to one config: a second one must not continue or overwrite it."""
         path = self.folder / "args.yaml"
         mine = yaml.safe_load(to_yaml(self.config))
-        if path.exists():
-            theirs = load_yaml(path)
-            if not isinstance(theirs, dict):
-                raise UserError(f"{path}: not the settings of a run: delete the folder to run again")
-            names = [k for k in {**theirs, **mine} if k not in LOCATION_FIELDS and theirs.get(k) != mine.get(k)]
-            if names:
-                differences = ", ".join(f"{k}={theirs.get(k)!r} there, {mine.get(k)!r} here" for k in names[:3])
-                raise UserError(
-                    f"--output_dir {self.folder} holds a run with other settings ({differences}): choose another"
-                )
-        else:
+        if not path.exists():
             write_atomic(path, to_yaml(self.config).encode())
+            return
+        theirs = load_yaml(path)
+        if not isinstance(theirs, dict):
+            raise UserError(f"{path}: not the settings of a run: delete the folder to run again")
+        names = [k for k in {**theirs, **mine} if k not in LOCATION_FIELDS and theirs.get(k) != mine.get(k)]
+        if names:
+            differences = ", ".join(f"{k}={theirs.get(k)!r} there, {mine.get(k)!r} here" for k in names[:3])
+            raise UserError(
+                f"--output_dir {self.folder} holds a run with other settings ({differences}): choose another"
+            )
 
     def _remove_leftovers(self) -> None:
         """Remove what a process that was killed while it wrote has left; nobody else writes here (the lock)."""
         for name in ("args.yaml", "env.json", "metrics.jsonl", "record.json"):
             for path in self.folder.glob(f".{name}.*.tmp"):
                 path.unlink(missing_ok=True)
-        for path in (self.folder / "checkpoints").glob("*" if self.done else ".tmp-*"):
+        for path in [self._checkpoints] if self.done else self._checkpoints.glob(".tmp-*"):
             shutil.rmtree(path, ignore_errors=True)
-        if self.done and (self.folder / "checkpoints").is_dir():
-            (self.folder / "checkpoints").rmdir()
 
     # -- during the run ------------------------------------------------------------------------------------------
 
@@ -227,27 +218,26 @@ class Run:
 
     def restore(self) -> tuple[int, Any] | None:
         """(step, state) of the last whole checkpoint, or None; metrics.jsonl is cut back to that step."""
-        found = load_checkpoint(self.folder / "checkpoints")
+        found = load_checkpoint(self._checkpoints)
         self._lines = found[1]["lines"] if found else 0
         if self.main:
             path = self.folder / "metrics.jsonl"
             if path.exists():
                 kept = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[: self._lines]
                 write_atomic(path, "".join(kept).encode())
+            if found:
+                print(f"resuming from step {found[0]} of {self.folder}")
         if found is None:
             return None
-        step, tree = found
-        self.previous_seconds = tree["seconds"]
+        self.previous_seconds = found[1]["seconds"]
         self.started = time.monotonic()
-        if self.main:
-            print(f"resuming from step {step} of {self.folder}")
-        return step, tree["state"]
+        return found[0], found[1]["state"]
 
     def checkpoint(self, step: int, state: Any) -> None:
         """Save the state at the end of `step`; leaves with `Interrupted` when a stop was asked for."""
         if self.main:
             tree = {"lines": self._lines, "seconds": self.seconds, "state": state}
-            save_checkpoint(self.folder / "checkpoints", step, tree)
+            save_checkpoint(self._checkpoints, step, tree)
         if self.stop_requested if self._agreed is None else self._agreed:
             if self.main:
                 print(f"stopped at step {step}; re-running the command resumes", file=sys.stderr)
@@ -263,9 +253,6 @@ class Run:
             protocol: how they were measured; a table never mixes two.
             selection: the rule that chose what is reported ("last epoch", "best validation accuracy", ...).
             **extra: anything else worth keeping (parameters, best epoch, ...).
-
-        Returns:
-            The record.
         """
         record = {
             "schema": SCHEMA,
@@ -288,7 +275,7 @@ class Run:
             record["peak_cuda_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
         if self.main:
             self._write_json("record.json", record)
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            shutil.rmtree(self._checkpoints, ignore_errors=True)
         return record
 
     def _write_json(self, name: str, value: Any) -> None:

@@ -75,13 +75,7 @@ class Trackers:
         self._classes = [tracking.LOGGER_TYPE_TO_CLASS[name] for name in self._names]
 
     def start(self, project: str, folder: Path, config: Any) -> None:
-        """Open the trackers and pass them the settings.
-
-        Args:
-            project: the experiment's name.
-            folder: the run folder, for trackers that write files.
-            config: dataclass of all settings.
-        """
+        """Open the trackers, in the run's folder where they write files, and pass them the settings."""
         if not self._names:
             return
         from accelerate import PartialState

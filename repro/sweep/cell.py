@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +22,10 @@ _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 
 @dataclass(frozen=True)
 class Cell:
-    """One command of a sweep.
+    """One command of a sweep."""
 
-    Attributes:
-        line: the command, normalised; the identity of the cell.
-        argv: what is executed (never through a shell), with the run folder in it.
-        folder: the run folder.
-    """
-
-    line: str
-    argv: tuple[str, ...]
+    line: str  # normalised; the identity of the cell
+    argv: tuple[str, ...]  # what is executed (never through a shell), with the run folder in it
     folder: Path
 
 
@@ -54,50 +48,34 @@ def past_interpreter_flags(words: Sequence[str]) -> int:
 def slug(words: list[str]) -> str:
     """A readable folder name: the program, then the values, with their flag's name where the value is a bare number."""
     parts: list[str] = []
-    name = ""
-    for word in words:
-        if word in ("python", "torchrun", "accelerate", "launch", "-m", "-u", "--standalone"):
-            continue
-        if word.startswith("--") and "=" in word:
-            name, _, word = word[2:].partition("=")
-        elif word.startswith("--"):
-            if name:
-                parts.append(name)  # a switch
-            name = word[2:]
-            continue
-        is_path = "/" in word
-        if not name:
-            parts.append(Path(word).stem if is_path else word)
-        elif name == "config":
-            parts.append(Path(word).stem)
-        elif not is_path:
-            parts.append(f"{name}{word}" if re.fullmatch(r"[-+.,\deE]+", word) else word)
-        name = ""
-    if name:
-        parts.append(name)
+    unnamed = ("python", "torchrun", "accelerate", "launch", "-m", "-u", "--standalone")
+    for name, value in _pairs(word for word in words if word not in unnamed):
+        if value is None:
+            parts.append(name)
+        elif name == "config" or (not name and "/" in value):
+            parts.append(Path(value).stem)
+        elif not name or "/" not in value:
+            parts.append(f"{name}{value}" if re.fullmatch(r"[-+.,\deE]+", value) else value)
     text = re.sub(r"[^A-Za-z0-9._=+-]+", "_", "-".join(parts)).strip("-_.")
     return text[:SLUG_LENGTH].rstrip("-_.") or "cell"
 
 
-def _output_dir(words: list[str]) -> str | None:
-    """The run folder that the line itself names; the last one wins, as for every flag."""
-    found = None
-    for index, word in enumerate(words):
-        flag, _, value = word.partition("=")
-        if flag in ("--output_dir", "--output-dir"):
-            found = value if "=" in word else (words[index + 1] if index + 1 < len(words) else "")
-    return found
-
-
-def _program(word: str, where: str) -> str:
-    """Where the head of a line is found: this interpreter, a script beside it, or a program on PATH."""
-    if word == "python":
-        return sys.executable
-    beside = Path(sys.executable).parent / word
-    found = str(beside) if "/" not in word and os.access(beside, os.X_OK) else shutil.which(word)
-    if found is None:
-        raise UserError(f"{where}: {word!r} is no program on this machine (lines do not go through a shell)")
-    return found
+def _pairs(words: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+    """The flags of a line with their values: None for a switch; other words have no name ('')."""
+    name = ""
+    for word in words:
+        if not word.startswith("--"):
+            yield name, word
+            name = ""
+            continue
+        if name:
+            yield name, None
+        name, equals, value = word[2:].partition("=")
+        if equals:
+            yield name, value
+            name = ""
+    if name:
+        yield name, None
 
 
 def make_cell(line: str, results: Path, where: str = "line") -> Cell | None:
@@ -115,14 +93,17 @@ def make_cell(line: str, results: Path, where: str = "line") -> Cell | None:
     if _ASSIGNMENT.match(words[0]):
         raise UserError(f"{where}: {words[0]!r} sets a variable, but lines do not go through a shell: export it before")
     text = shlex.join(words)
-    named = _output_dir(words)
-    if named == "":
+    beside = str(Path(sys.executable).parent)  # where torchrun is
+    program = sys.executable if words[0] == "python" else shutil.which(words[0], path=beside) or shutil.which(words[0])
+    if program is None:
+        raise UserError(f"{where}: {words[0]!r} is no program on this machine (lines do not go through a shell)")
+    named = [value for name, value in _pairs(words) if name in ("output_dir", "output-dir")]
+    if named and not named[-1]:
         raise UserError(f"{where}: --output_dir without a folder in {text!r}")
-    argv = [_program(words[0], where), *words[1:]]
-    if named is not None:
-        return Cell(text, tuple(argv), Path(named))
+    if named and named[-1]:
+        return Cell(text, (program, *words[1:]), Path(named[-1]))
     folder = results / f"{slug(words)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    return Cell(text, (*argv, "--output_dir", str(folder)), folder)
+    return Cell(text, (program, *words[1:], "--output_dir", str(folder)), folder)
 
 
 def read_cells(lines: Iterable[str], results: Path) -> tuple[list[Cell], int]:
@@ -164,21 +145,14 @@ def canonical(line: str) -> Canonical:
     words = normalise(line)
     if words[:1] == ["python"]:
         words = words[past_interpreter_flags(words) :]
-    program: list[str] = []
+    program = tuple(value for name, value in _pairs(words) if not name and value)
     flags: dict[str, str | float] = {}
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            program.append(word)
-            continue
-        name, equals, value = word[2:].partition("=")
+    for name, value in _pairs(words):
         name = name.replace("-", "_")
-        if not equals and words and not words[0].startswith("--"):
-            value = words.pop(0)
-        elif not equals:
-            name, value = (name[3:], "false") if name.startswith("no_") else (name, "true")
+        if value is None:
+            name, value = name.removeprefix("no_"), "false" if name.startswith("no_") else "true"
         try:
             flags[name] = float(value)
         except ValueError:
             flags[name] = value.lower() if value.lower() in ("true", "false") else value
-    return tuple(program), frozenset(item for item in flags.items() if item[0] not in (*LOCATION_FIELDS, "device"))
+    return program, frozenset(item for item in flags.items() if item[0] not in ("", *LOCATION_FIELDS, "device"))

@@ -12,68 +12,33 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from repro.errors import UserError
 from repro.run.track import is_done
 from repro.sweep.cell import Cell
 from repro.sweep.preload import Preloader
 from repro.sweep.runner import CellRunner
-from repro.sweep.status import Status, status
+from repro.sweep.status import Status, last_line, status
 
 STOP_SECONDS = 60  # a stopped cell may save that long before it is killed
 ARRAY_LIMIT = 1000  # SLURM's default MaxArraySize, less one
 GONE = "GONE"  # not one of SLURM's words: the queue no longer knows the job
-# States of `squeue` in which a job will not run any more.
-FINISHED = frozenset(
-    ["BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"]
-    + [GONE]
-)
+FINISHED = {  # states of `squeue` in which a job will not run any more
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
+    GONE,
+}  # fmt: skip
 
 
 @dataclass
 class Attempt:
-    """One try of one cell.
-
-    Attributes:
-        cell: what runs.
-        attempt_id: found again in cell.json when it is this attempt that wrote it.
-        handle: what the launcher needs: the cell's runner, or the number of its SLURM job.
-    """
+    """One try of one cell."""
 
     cell: Cell
-    attempt_id: str
-    handle: Any
-
-
-class Launcher(Protocol):
-    """Starts cells, at most `capacity` at a time."""
-
-    capacity: int
-    poll_seconds: float
-
-    def start(self, cells: list[Cell]) -> list[Attempt]:
-        """Start some cells."""
-        ...
-
-    def finished(self, attempts: list[Attempt]) -> list[Attempt]:
-        """Those of `attempts` that have ended in whatever way."""
-        ...
-
-    def final_status(self, attempt: Attempt) -> Status:
-        """How a finished attempt left its cell."""
-        ...
-
-    def stop(self, attempts: list[Attempt]) -> None:
-        """Make the cells save and leave."""
-        ...
-
-    def close(self) -> None:
-        """Release what the launcher itself needs."""
-        ...
+    attempt_id: str  # also in cell.json, when it is this attempt that wrote it
+    handle: Any  # the cell's runner, or the number of its SLURM job
 
 
 def _runner(cell: Cell, threads: int) -> CellRunner:
@@ -115,8 +80,11 @@ class LocalLauncher:
         for signum in (signal.SIGTERM, signal.SIGKILL):
             for attempt in attempts:
                 attempt.handle.stop(signum)
-            if _wait_for(lambda: len(self.finished(attempts)) == len(attempts)):
-                return
+            deadline = time.monotonic() + STOP_SECONDS
+            while time.monotonic() < deadline:
+                if len(self.finished(attempts)) == len(attempts):
+                    return
+                time.sleep(self.poll_seconds)
 
     def close(self) -> None:
         """Stop the processes that have the modules imported."""
@@ -129,7 +97,8 @@ class SlurmLauncher:
     Args:
         jobs: how many cells of an array run at a time.
         folder: where submitit keeps its files.
-        parameters: submitit's parameters (partition, account, time, gpus_per_node, additional_parameters, ...).
+        parameters: submitit's own (partition, account, time, gpus_per_node, additional_parameters, ...).
+        poll_seconds: between two looks at the queue.
     """
 
     capacity = ARRAY_LIMIT
@@ -139,9 +108,13 @@ class SlurmLauncher:
         self._ledger = ledger_path(folder.parent)
         self._missing: dict[str, int] = {}
         try:
+            import submitit
+
             # Below ten minutes submitit counts every preemption as a time-out: do not let it give up.
-            self._executor = _submitit().SlurmExecutor(folder=folder, max_num_timeout=1000)
+            self._executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=1000)
             self._executor.update_parameters(array_parallelism=jobs, **parameters)
+        except ImportError as error:
+            raise UserError('submitit is missing: pip install "contranorm[cluster]", or use --cluster local') from error
         except (RuntimeError, ValueError, TypeError) as error:
             raise UserError(f"--cluster slurm: {error}") from error
 
@@ -153,7 +126,9 @@ class SlurmLauncher:
             with self._executor.batch():
                 jobs = [self._executor.submit(runner) for runner in runners]
         except Exception as error:  # submitit wraps sbatch's own message in one of several types
-            raise UserError(f"--cluster slurm: sbatch refused the jobs: {_last_line(error)}") from error
+            raise UserError(
+                f"--cluster slurm: sbatch refused the jobs: {str(error).strip().splitlines()[-1]}"
+            ) from error
         attempts = [Attempt(r.cell, r.attempt_id, job.job_id) for r, job in zip(runners, jobs, strict=True)]
         for attempt in attempts:
             self._note(attempt)
@@ -211,6 +186,9 @@ class SlurmLauncher:
         )
 
 
+Launcher = LocalLauncher | SlurmLauncher
+
+
 def queue_states() -> dict[str, str] | None:
     """Job number (123_4 in an array) → state of this user's jobs; None when `squeue` cannot be asked."""
     command = ["squeue", "--noheader", "--array", "--states=all", "--user", str(os.getuid()), "--format=%i|%T"]
@@ -229,11 +207,7 @@ def ledger_path(results: Path) -> Path:
 def read_ledger(path: Path) -> dict[str, dict[str, str]]:
     """Line of a cell → its last job: `job`, `attempt_id`, and `finished` (the job's last state) once it has ended."""
     jobs: dict[str, dict[str, str]] = {}
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return jobs
-    for line in text.splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             entry = json.loads(line)
             jobs[entry["line"]] = {name: entry[name] for name in ("job", "attempt_id")} | entry
@@ -242,14 +216,15 @@ def read_ledger(path: Path) -> dict[str, dict[str, str]]:
     return jobs
 
 
-def queue_status(cell: Cell, job: dict[str, str] | None, states: dict[str, str]) -> Status:
-    """What a cell's folder and the queue say together.
+def look(cells: list[Cell], results: Path) -> list[tuple[Cell, Status]]:
+    """What the folders say of the cells, and the queue where cells were ever queued."""
+    jobs = read_ledger(ledger_path(results))
+    queue = (queue_states() or {}) if jobs else {}
+    return [(cell, queue_status(cell, jobs.get(cell.line), queue)) for cell in cells]
 
-    Args:
-        cell: the cell.
-        job: its last job, from `read_ledger`; None when it never went to a queue.
-        states: job → state, from `queue_states`.
-    """
+
+def queue_status(cell: Cell, job: dict[str, str] | None, states: dict[str, str]) -> Status:
+    """What a cell's folder, its last `job` in the ledger and the `states` of the queue say together."""
     found = status(cell)
     if job is None or found.state in ("done", "running"):
         return found
@@ -263,40 +238,8 @@ def queue_status(cell: Cell, job: dict[str, str] | None, states: dict[str, str])
     if state == "CANCELLED":
         return Status("cancelled", f"job {job['job']} was cancelled", found.details)
     if found.state == "waiting":
-        files = cell.folder.parent / ".submitit" / f"{job['job']}_0_log.err"
-        reason = _last_words(files)
-        return Status("failed", f"job {job['job']} died before the cell began" + (f": {reason}" if reason else ""))
+        reason = last_line(cell.folder.parent / ".submitit" / f"{job['job']}_0_log.err") or "no message"
+        return Status("failed", f"job {job['job']} ended before the cell started: {reason}")
     if state not in ("COMPLETED", "FAILED", GONE):
         return Status(found.state, f"{found.message}; SLURM says {state}", found.details)
     return found
-
-
-def _last_words(path: Path) -> str:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
-        return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-def _submitit() -> Any:
-    try:
-        import submitit
-    except ImportError as error:
-        raise UserError('submitit is missing: pip install "contranorm[cluster]", or use --cluster local') from error
-    return submitit
-
-
-def _wait_for(condition: Callable[[], bool]) -> bool:
-    """True as soon as `condition()` holds, False when it does not within STOP_SECONDS."""
-    deadline = time.monotonic() + STOP_SECONDS
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -27,8 +27,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import IO, Any, NoReturn, Protocol
+from typing import IO, Any, NoReturn
 
 from repro.sweep.cell import past_interpreter_flags
 
@@ -52,39 +53,20 @@ def module_call(argv: Sequence[str]) -> tuple[list[str], str, list[str]] | None:
 def declared_preload(module: str) -> tuple[str, ...]:
     """The module's `PRELOAD`, read from its source: nothing is imported; () where there is none."""
     top, *rest = module.split(".")
-    try:
+    with contextlib.suppress(ImportError, OSError, SyntaxError, ValueError):
         spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None:
-        return ()
-    folders = [Path(folder, *rest) for folder in spec.submodule_search_locations or ()]
-    files = [file for folder in folders for file in (folder.with_suffix(".py"), folder / "__main__.py")]
-    if not rest and not folders and spec.origin:
-        files = [Path(spec.origin)]
-    for file in filter(Path.is_file, files):
-        with contextlib.suppress(OSError, SyntaxError, ValueError):
-            for node in ast.parse(file.read_bytes()).body:
+        for name in rest:  # find_spec would import the packages on the way
+            spec = PathFinder.find_spec(name, (spec and spec.submodule_search_locations) or [])
+        if spec is not None and (places := spec.submodule_search_locations):
+            spec = PathFinder.find_spec("__main__", places)
+        if spec is not None and spec.origin is not None:
+            for node in ast.parse(Path(spec.origin).read_bytes()).body:
                 if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PRELOAD":
                     return tuple(ast.literal_eval(node.value))
     return ()
 
 
 # -- the sweep's side --------------------------------------------------------------------------------------------------
-
-
-class Process(Protocol):
-    """What `ForkedProcess` and `subprocess.Popen` have in common."""
-
-    pid: int
-
-    def poll(self) -> int | None:
-        """The exit code (negative: a signal), None while it runs."""
-        ...
-
-    def send_signal(self, sig: int) -> None:
-        """Signal it, if it still runs."""
-        ...
 
 
 class ForkedProcess:
@@ -111,7 +93,9 @@ class ForkedProcess:
             os.kill(self.pid, sig)
 
 
-def launch(flags: list[str], modules: tuple[str, ...], environment: dict[str, str], channel: socket.socket) -> Process:
+def launch(
+    flags: list[str], modules: tuple[str, ...], environment: dict[str, str], channel: socket.socket
+) -> subprocess.Popen[bytes]:
     """Start a server that reads its requests from `channel`."""
     return subprocess.Popen(
         [sys.executable, *flags, "-m", "repro.sweep.preload", str(channel.fileno()), *modules],
@@ -163,10 +147,10 @@ class Preloader:
     def start(
         self, argv: Sequence[str], environment: dict[str, str], log: IO[bytes], lock: IO[str]
     ) -> ForkedProcess | None:
-        """Start a cell from a server; None when it has to be started as a fresh interpreter.
+        """Start `python -m MODULE` from a server; None when it has to be started as a fresh interpreter.
 
         Args:
-            argv: the command; anything but `python -m MODULE` with a PRELOAD is refused.
+            argv: the command.
             environment: of the cell; the same in all calls.
             log: becomes its stdout and stderr.
             lock: the cell's lock, which its process holds from then on too.
@@ -201,7 +185,7 @@ class Preloader:
 
 
 def _adopt_orphans(on: bool) -> bool:
-    """Make this process the parent of its descendants' orphans; False where the system cannot do that."""
+    """Become the parent of the descendants' orphans; False where the system cannot do that."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     return prctl is not None and prctl(_PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0) == 0
 
@@ -210,10 +194,9 @@ def _adopt_orphans(on: bool) -> bool:
 
 
 def serve(channel: socket.socket, modules: Sequence[str]) -> str | None:
-    """Import `modules`, then fork a cell per request; returns twice.
+    """Import `modules`, then fork a cell per request.
 
-    Returns:
-        In a cell's process: the module that it has to run. In the server: None, once the sweep is gone.
+    Returns in a cell's process with the module that it has to run, and in the server with None once the sweep is gone.
     """
     for name in modules:
         importlib.import_module(name)

@@ -20,7 +20,7 @@ from repro.errors import UserError
 from repro.files import write_atomic
 from repro.run.track import is_done
 from repro.sweep.cell import Cell
-from repro.sweep.preload import Preloader, Process
+from repro.sweep.preload import ForkedProcess, Preloader
 from repro.sweep.status import read_details
 
 GRACE_SECONDS = 300  # longest wait of a stopped job for SLURM to take it away
@@ -44,7 +44,7 @@ class CellRunner:
         self.threads = threads
         self.attempt_id = attempt_id
         self.cwd = cwd
-        self._child: Process | None = None
+        self._child: subprocess.Popen[bytes] | ForkedProcess | None = None
         self._lock: IO[str] | None = None
         self._details: dict[str, Any] = {}
         self._began = 0.0
@@ -58,14 +58,12 @@ class CellRunner:
             for signum in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(signum, self._on_signal)
             self._child.wait()
-        if self.poll() and self._details.get("state") == "interrupted" and self._stopped:
-            _wait_to_be_taken()
+        taken_away = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+        if self.poll() and self._details.get("state") == "interrupted" and self._stopped and taken_away:
+            time.sleep(GRACE_SECONDS)  # SIGTERM announces a preemption: a job that ends first is not queued again
 
     def start(self, preloader: Preloader | None = None) -> None:
-        """Start the child, unless the cell is done or another process holds it.
-
-        Args:
-            preloader: starts the lines that it can; the others get a fresh interpreter.
+        """Start the child, by the preloader where it can, unless the cell is done or another process holds it.
 
         Raises:
             UserError: record.json is damaged.
@@ -90,7 +88,8 @@ class CellRunner:
             tries=read_details(folder).get("tries", 0) + 1, host=socket.gethostname(), pid=os.getpid(),
             job=_slurm_job(), started=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
-        environment = self._environment()
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self.threads))
+        environment = PASSIVE_WAIT | dict(os.environ) | threads
         try:
             with open(folder / "log.txt", "ab") as log:
                 log.write("# try {tries} at {started} on {host}\n".format(**self._details).encode())
@@ -107,10 +106,6 @@ class CellRunner:
         finally:
             if self._child is None:
                 self._describe(state="failed", exit=None, seconds=0.0)
-
-    def _environment(self) -> dict[str, str]:
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self.threads))
-        return PASSIVE_WAIT | dict(os.environ) | threads
 
     def _describe(self, **news: Any) -> None:
         """Update cell.json; a full disk only costs the description, never the cell."""
@@ -168,12 +163,6 @@ def _slurm_job() -> str:
     """This job's number as squeue prints it (123_4 in an array), '' outside SLURM."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
-
-
-def _wait_to_be_taken() -> None:
-    """Under SLURM, SIGTERM announces a cancellation or a preemption: a job that ends first is not queued again."""
-    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
-        time.sleep(GRACE_SECONDS)
 
 
 def _acquire(path: Path) -> IO[str] | None:

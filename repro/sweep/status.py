@@ -21,13 +21,7 @@ _LOG_TAIL_BYTES = 65536  # searched for the last line
 
 @dataclass
 class Status:
-    """What a cell's folder says.
-
-    Attributes:
-        state: done, running, waiting, interrupted, cancelled (in a queue) or failed.
-        message: why, in a few words, for the states that need it.
-        details: cell.json of the last try.
-    """
+    """A cell's state, why in a few words where that is needed, and cell.json of the last try."""
 
     state: State
     message: str = ""
@@ -46,7 +40,7 @@ def status(cell: Cell) -> Status:
         return Status("running", f"on {details.get('host', '?')}", details)
     state = details.get("state")
     if state is None:
-        return Status("waiting", details=details)
+        return Status("waiting")
     if state == "running":
         return Status("failed", "exited without a status (killed, or out of memory)", details)
     if state == "interrupted":
@@ -66,17 +60,17 @@ def exit_message(code: Any) -> str:
     return f"exit code {code}"
 
 
-def last_line(folder: Path) -> str:
-    """The last line of the cell's log that is not blank ('' when there is none)."""
+def last_line(log: Path) -> str:
+    """The last line of a log that is not blank ('' when there is none)."""
     try:
-        with open(folder / "log.txt", "rb") as file:
+        with open(log, "rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - _LOG_TAIL_BYTES))
             text = file.read().decode(errors="replace")
     except OSError:
         return ""
-    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip() and not line.startswith("# try ")]
-    return lines[-1] if lines else ""
+    lines = (line.strip() for line in reversed(re.split(r"[\r\n]+", text)) if not line.startswith("# try "))
+    return next(filter(None, lines), "")
 
 
 def read_details(folder: Path) -> dict[str, Any]:

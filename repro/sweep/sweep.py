@@ -22,16 +22,7 @@ from tqdm import tqdm
 from repro.config import parse_config
 from repro.errors import Interrupted, UserError, run_main
 from repro.sweep.cell import Canonical, Cell, canonical, read_cells
-from repro.sweep.launch import (
-    Attempt,
-    Launcher,
-    LocalLauncher,
-    SlurmLauncher,
-    ledger_path,
-    queue_states,
-    queue_status,
-    read_ledger,
-)
+from repro.sweep.launch import Attempt, Launcher, LocalLauncher, SlurmLauncher, look
 from repro.sweep.runner import remove_leftovers
 from repro.sweep.status import State, Status, is_held, last_line, status
 
@@ -105,19 +96,14 @@ def make_launcher(config: Config) -> Launcher:
 
 
 class Sweep:
-    """Runs cells to their end and keeps the score.
-
-    Attributes:
-        failed: cells that ended without a record, with why.
-        own: cells that this sweep finished itself, by line, with their seconds.
-    """
+    """Runs cells to their end and keeps count of them."""
 
     def __init__(self, cells: list[Cell], launcher: Launcher) -> None:
         self.launcher = launcher
-        self.failed: list[tuple[Cell, Status]] = []
-        self.own: dict[str, float] = {}
+        self.failed: list[tuple[Cell, Status]] = []  # ended without a record
+        self.own: dict[str, float] = {}  # line → seconds of what this sweep itself has finished
         self._waiting = collections.deque(cells)
-        self._flying: list[Attempt] = []
+        self._running: list[Attempt] = []
         self._starting = False
         self._stop: int | None = None
 
@@ -125,7 +111,7 @@ class Sweep:
         """Run everything; one bar with the time left.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C; the cells in flight have been stopped.
+            KeyboardInterrupt: Ctrl-C; the running cells have been stopped.
             Interrupted: SIGTERM, likewise.
         """
         before = {signum: signal.signal(signum, self._on_signal) for signum in (signal.SIGTERM, signal.SIGINT)}
@@ -133,18 +119,18 @@ class Sweep:
             with tqdm(total=total, initial=done, unit="cell", desc="sweep", dynamic_ncols=True) as bar:
                 if isinstance(self.launcher, SlurmLauncher):
                     self._attach(self.launcher)
-                while self._waiting or self._flying:
+                while self._waiting or self._running:
                     self._start_some()
                     time.sleep(self.launcher.poll_seconds)
-                    finished = self.launcher.finished(self._flying)
+                    finished = self.launcher.finished(self._running)
                     for attempt in finished:
-                        self._flying.remove(attempt)
-                        bar.update(self._settle(attempt))
+                        self._running.remove(attempt)
+                        bar.update(self._finish(attempt))
                     # Drawn on news alone: a log file would otherwise get a line at every poll.
-                    bar.set_postfix(running=len(self._flying), failed=len(self.failed), refresh=bool(finished))
+                    bar.set_postfix(running=len(self._running), failed=len(self.failed), refresh=bool(finished))
         except KeyboardInterrupt:
-            print("\nstopping the cells in flight; Ctrl-C again leaves at once", file=sys.stderr)
-            self.launcher.stop(self._flying)
+            print("\nstopping the running cells; Ctrl-C again leaves at once", file=sys.stderr)
+            self.launcher.stop(self._running)
             if self._stop == signal.SIGTERM:
                 raise Interrupted(self._stop) from None
             raise
@@ -160,15 +146,15 @@ class Sweep:
 
     def _attach(self, launcher: SlurmLauncher) -> None:
         """Take over the jobs that an earlier sweep left in the queue."""
-        self._flying = launcher.queued(list(self._waiting))
-        lines = {attempt.cell.line for attempt in self._flying}
+        self._running = launcher.queued(list(self._waiting))
+        lines = {attempt.cell.line for attempt in self._running}
         self._waiting = collections.deque(cell for cell in self._waiting if cell.line not in lines)
 
     def _start_some(self) -> None:
         """Fill the free places; a cell that another sweep is running goes to the back of the line."""
         chosen: list[Cell] = []
         for _ in range(len(self._waiting)):
-            if len(self._flying) + len(chosen) >= self.launcher.capacity:
+            if len(self._running) + len(chosen) >= self.launcher.capacity:
                 break
             cell = self._waiting.popleft()
             if is_held(cell.folder):
@@ -177,23 +163,22 @@ class Sweep:
                 chosen.append(cell)
         if chosen:
             self._starting = True
-            self._flying += self.launcher.start(chosen)
+            self._running += self.launcher.start(chosen)
             self._starting = False
             if self._stop is not None:
                 raise KeyboardInterrupt
 
-    def _settle(self, attempt: Attempt) -> int:
-        """Look at a cell whose attempt has finished; returns 1 when it is settled, 0 when it is running elsewhere."""
+    def _finish(self, attempt: Attempt) -> int:
+        """Note how an attempt has ended; returns 1, or 0 when its cell is running elsewhere."""
         found = self.launcher.final_status(attempt)
-        mine = found.details.get("attempt_id") == attempt.attempt_id
         if found.state == "running":  # another sweep was faster, or the child has outlived its parent
             self._waiting.append(attempt.cell)
             return 0
         if found.state != "done":
             if found.state == "waiting":
-                found = Status("failed", "died before it began (see .submitit/ in the results folder)")
+                found = Status("failed", "its process ended before the cell started")
             self.failed.append((attempt.cell, found))
-        elif mine:
+        elif found.details.get("attempt_id") == attempt.attempt_id:
             self.own[attempt.cell.line] = float(found.details.get("seconds", 0.0))
         return 1
 
@@ -220,15 +205,12 @@ def recorded(cells: list[Cell], places: list[str] | str) -> dict[str, Status]:
 
 def show(cells: list[Cell], results: Path, known: dict[str, Status]) -> None:
     """Print every cell's state, the states of the queue included, and the failed cells' last lines of output."""
-    jobs = read_ledger(ledger_path(results))
-    queue = (queue_states() or {}) if jobs else {}
-    counts: collections.Counter[str] = collections.Counter()
-    for cell in cells:
-        found = known.get(cell.line) or queue_status(cell, jobs.get(cell.line), queue)
-        counts[found.state] += 1
+    states = [(cell, known.get(cell.line, found)) for cell, found in look(cells, results)]
+    for cell, found in states:
         print(f"{found.state:<11} {cell.line}" + (f"  {found.message}" if found.message else ""))
-        if found.state in LOST and (words := last_line(cell.folder)):
+        if found.state in LOST and (words := last_line(cell.folder / "log.txt")):
             print(f"{'':<11} last line of {cell.folder / 'log.txt'}: {words}")
+    counts = collections.Counter(found.state for _, found in states)
     print(", ".join(f"{counts[state]} {state}" for state in get_args(State)))
 
 
@@ -236,8 +218,7 @@ def _remember(folder: Path, cells: list[Cell]) -> None:
     """Keep the lines in DIR/sweep.txt, for `--status` and repro.sweep.watch; another sweep may add its own."""
     path = folder / PLAN
     known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
-    new = [cell.line for cell in cells if cell.line not in known]
-    if new:
+    if new := [cell.line for cell in cells if cell.line not in known]:
         with open(path, "a", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in new))
 
@@ -291,14 +272,11 @@ def main(argv: list[str] | None = None) -> int:
 def _report(sweep: Sweep, seconds: float, jobs: int) -> int:
     if sweep.own:
         work = sum(sweep.own.values())
-        print(
-            f"{len(sweep.own)} cells, {jobs} side by side, took {seconds:.1f} s; their times add up to {work:.1f} s "
-            f"(speed-up {work / seconds:.2f})",
-            file=sys.stderr,
-        )
+        text = f"{len(sweep.own)} cells, {jobs} side by side, took {seconds:.1f} s; their times add up to {work:.1f} s"
+        print(f"{text} (speed-up {work / seconds:.2f})", file=sys.stderr)
     for cell, found in sweep.failed:
         print(f"{found.state}: {cell.line}\n  {found.message}; {cell.folder / 'log.txt'}", file=sys.stderr)
-        if words := last_line(cell.folder):
+        if words := last_line(cell.folder / "log.txt"):
             print(f"  last line: {words}", file=sys.stderr)
     return 1 if sweep.failed else 0
 

@@ -18,16 +18,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
+from tqdm import tqdm
 
 from repro.config import parse_config
 from repro.errors import UserError, run_main
 from repro.sweep.cell import Cell
-from repro.sweep.launch import ledger_path, queue_states, queue_status, read_ledger
+from repro.sweep.launch import look
 from repro.sweep.status import Status, last_line
 from repro.sweep.sweep import LOST, known_cells
 
 ORDER = ("running", "failed", "cancelled", "interrupted", "waiting", "done")
 LENGTH_FIELDS = ("epochs", "num_train_epochs")  # the config fields that say how long a run is
+BAR_WIDTH = 40
 _CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -83,33 +85,18 @@ def seconds_left(states: list[tuple[Cell, Status]]) -> float | None:
     return work / max(1, len(running))
 
 
-def format_duration(seconds: float) -> str:
-    """`1:02:03`, or `2:03` below an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def look(cells: list[Cell], folder: Path) -> list[tuple[Cell, Status]]:
-    """What the folders say, and the queue where cells were ever queued."""
-    jobs = read_ledger(ledger_path(folder))
-    queue = (queue_states() or {}) if jobs else {}
-    return [(cell, queue_status(cell, jobs.get(cell.line), queue)) for cell in cells]
-
-
 def render(states: list[tuple[Cell, Status]], width: int, height: int) -> str:
     """The table: running and failed cells first, as many as fit."""
     counts: Counter[str] = Counter(found.state for _, found in states)
-    cells = len(states)
     left = seconds_left(states)
-    head = f"{cells} cells: " + ", ".join(f"{counts[name]} {name}" for name in ORDER)
-    if left is not None:
-        head += f"; about {format_duration(left)} left"
-    bar_width = max(10, min(60, width - 10))
-    filled = round(bar_width * counts["done"] / max(1, cells))
-    rows = [head, "[" + "#" * filled + "." * (bar_width - filled) + f"] {counts['done'] / max(1, cells):.0%}"]
-    states = sorted(states, key=lambda item: ORDER.index(item[1].state))
-    shown = states[: max(1, height - 4)]
+    head = f"{len(states)} cells: " + ", ".join(f"{counts[name]} {name}" for name in ORDER)
+    done = counts["done"] / len(states)
+    bar = "#" * round(done * BAR_WIDTH)
+    rows = [
+        head + (f"; about {tqdm.format_interval(left)} left" if left is not None else ""),
+        f"[{bar:.<{BAR_WIDTH}}] {done:.0%}",
+    ]
+    shown = sorted(states, key=lambda item: ORDER.index(item[1].state))[: max(1, height - 4)]
     rows += [_row(cell, found)[:width] for cell, found in shown]
     if len(shown) < len(states):
         rows.append(f"... and {len(states) - len(shown)} more")
@@ -118,11 +105,11 @@ def render(states: list[tuple[Cell, Status]], width: int, height: int) -> str:
 
 def _row(cell: Cell, found: Status) -> str:
     done = progress(cell.folder) if found.state == "running" else None
-    how_far = f"{done:4.0%}" if done is not None else "    "
+    share = f"{done:.0%}" if done is not None else ""
     seconds = running_seconds(found) if found.state == "running" else found.details.get("seconds")
-    took = format_duration(float(seconds)) if seconds is not None else ""
-    why = f"  {found.message}: {last_line(cell.folder)}" if found.state in LOST else ""
-    return f"{found.state:<11} {how_far} {took:>8}  {cell.folder.name}{why}"
+    time_taken = tqdm.format_interval(float(seconds)) if seconds is not None else ""
+    why = f"  {found.message}: {last_line(cell.folder / 'log.txt')}" if found.state in LOST else ""
+    return f"{found.state:<11} {share:>4} {time_taken:>8}  {cell.folder.name}{why}"
 
 
 def main(argv: list[str] | None = None) -> None:

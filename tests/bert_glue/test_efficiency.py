@@ -220,11 +220,11 @@ def test_a_run_resumes_on_the_same_texts_only(command: Any, tmp_path: Path, monk
 def test_benchmark_takes_the_same_examples_every_way(
     backbones: dict[str, Path], glue_root: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from benchmarks import glue_epoch
+    from benchmarks import end_to_end
 
     common = ["--model_name_or_path", str(backbones["bert"]), *SMALL, "--pos", "7", "--scale", "0.1"]
-    monkeypatch.setattr(glue_epoch, "COMMON", common)
-    monkeypatch.setattr(glue_epoch, "BATCH", 4)
+    monkeypatch.setattr(end_to_end, "COMMON", common)
+    monkeypatch.setattr(end_to_end, "BATCH", 4)
     seen: dict[int, list[torch.Tensor]] = {}
     train_batch = training.train_batch
 
@@ -232,9 +232,9 @@ def test_benchmark_takes_the_same_examples_every_way(
         seen.setdefault(id(setup), []).append(batch["input_ids"])
         return train_batch(setup, batch, number)
 
-    monkeypatch.setattr(glue_epoch, "train_batch", watch)
-    rows = glue_epoch.measure(str(glue_root), 3, tmp_path / "run")
-    assert [row["way"] for row in rows][: len(glue_epoch.WAYS)] == list(glue_epoch.WAYS)
+    monkeypatch.setattr(end_to_end, "train_batch", watch)
+    rows, _ = end_to_end.glue_epoch(end_to_end.Config(data_root=str(glue_root), steps=3), tmp_path / "run")
+    assert [row["way"] for row in rows][: len(end_to_end.WAYS)] == list(end_to_end.WAYS)
     assert rows[0]["times faster"] == 1 and all(row["examples a second"] > 0 for row in rows)
     memory = [row["weights, gradients, moments MB"] for row in rows]
     assert memory[0] == memory[1] > memory[2]

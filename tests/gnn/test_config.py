@@ -32,6 +32,18 @@ def test_the_reference_flags_mean_what_they_say() -> None:
     assert parse("--norm-mode", "PN", "--missing-rate", "5").norm_mode == "PN"  # dashes as well
 
 
+def test_released_flags_of_other_models_and_features() -> None:
+    config = parse("--model", "DeepGAT", "--nhead", "8", "--no_fea_norm")
+    assert (config.model, config.nhead, config.fea_norm) == ("DeepGAT", 8, False)
+    assert (parse().nhead, parse().fea_norm) == (1, True)
+
+
+def test_a_missing_default_data_root_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not there may be downloaded; only a folder that was asked for must exist."""
+    monkeypatch.setenv("CONTRANORM_DATA", "/nowhere/at/all")
+    assert parse().data_root == "/nowhere/at/all"
+
+
 def test_defaults_are_table_3() -> None:
     config = parse()
     assert (config.hid, config.dropout, config.lr, config.wd, config.epochs) == (32, 0.6, 5e-3, 5e-4, 200)
@@ -78,6 +90,10 @@ def test_defaults_are_table_3() -> None:
         ("--data cora --split 3", "--split: cora has one split"),
         ("--data texas --split 10", "--split must be 0 to 9"),
         ("--model SGC --residual 2", "--residual: SGC has one linear layer"),
+        ("--nhead 2", "--nhead: DeepGCN has no attention heads"),
+        ("--model DeepGAT --nhead 0", "--nhead must be at least 1, got 0"),
+        ("--model DeepGAT --nhead 5", "--hid must be a multiple of --nhead, got 32 and 5"),
+        ("--data_root /nowhere/at/all", "--data_root /nowhere/at/all: no such folder"),
     ],
 )
 def test_nonsense_is_refused(argv: str, message: str) -> None:

@@ -257,6 +257,7 @@ def test_features_are_divided_by_their_row_sum(make_data: Callable[..., Any]) ->
     x = features(as_graph("small", data), missing_rate=0, seed=0)
     torch.testing.assert_close(x[:2, :2], torch.tensor([[0.25, 0.75], [0.0, 0.0]]))
     torch.testing.assert_close(x[2:].sum(dim=1), torch.ones(58))
+    assert torch.equal(features(as_graph("small", data), missing_rate=0, seed=0, normalize=False), data.x)
 
 
 def test_missing_features_spare_the_training_nodes(make_data: Callable[..., Any]) -> None:

@@ -91,6 +91,15 @@ def test_gin_is_the_dense_equation(config: Any, graph: Any) -> None:
     torch.testing.assert_close(net(x, adjacency), h, rtol=1e-4, atol=1e-5)
 
 
+def test_heads_share_the_width(config: Any, graph: Any) -> None:
+    x, adjacency, y = graph
+    net = build_model(settings(config, "PN", model="DeepGAT", nhead=4, hid=8), 12, 3)
+    assert [layer.convolution.heads for layer in net.layers] == [4, 4] and net.output.heads == 1
+    assert [layer.convolution.out_channels for layer in net.layers] == [2, 2]
+    F.cross_entropy(net(x, adjacency), y).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+
+
 def test_sgc_takes_its_constant_steps_once(config: Any, graph: Any) -> None:
     x, adjacency, _ = graph
     net = build_model(settings(config, "PN", model="SGC", nlayer=3), 12, 3)

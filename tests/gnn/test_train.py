@@ -205,9 +205,41 @@ def test_probe_has_one_value_per_hidden_layer(config: Make, record: Read, tmp_pa
     probe = record(tmp_path / "run")["collapse"]
     frame = pd.read_csv(tmp_path / "run/probe.csv")
     assert frame["layer"].tolist() == probe["layer"] == [1, 2, 3, 4]
+    assert probe.keys() == {"layer", "mean_cosine", "effective_rank", "variance"}
     for name in ("mean_cosine", "effective_rank", "variance"):
         assert frame[name].tolist() == pytest.approx(probe[name])
     assert all(0 <= c <= 1 for c in probe["mean_cosine"]) and all(r >= 1 for r in probe["effective_rank"])
+
+
+def test_probe_before_and_after_training(config: Make, record: Read, tmp_path: Path) -> None:
+    """The same lists of the same layers before training, and the spectrum of the last hidden features."""
+    train_cell(config(probe=True, nlayer=5, norm_mode="PN", epochs=20, lr=0.05))
+    found = record(tmp_path / "run")
+    after, before = found["collapse"], found["collapse_untrained"]
+    assert before["layer"] == after["layer"] and before.keys() == after.keys()
+    assert before["mean_cosine"] != after["mean_cosine"]
+    for name, collapse in (("spectrum", after), ("spectrum_untrained", before)):
+        values = torch.tensor(found[name])
+        assert len(values) == 8 and values.sum().item() == pytest.approx(1) and (values.diff() <= 0).all()
+        rank = torch.special.entr(values).sum().exp().item()
+        assert rank == pytest.approx(collapse["effective_rank"][-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"nlayer": 1}, {"model": "SGC", "nlayer": 2}], ids=str)
+def test_probe_of_other_shapes(changes: dict[str, Any], config: Make, record: Read, tmp_path: Path) -> None:
+    train_cell(config(probe=True, **changes))
+    found = record(tmp_path / "run")
+    hidden = 0 if changes["nlayer"] == 1 else 2  # a single convolution has no hidden layer
+    assert len(found["collapse"]["layer"]) == len(found["collapse_untrained"]["layer"]) == hidden
+    assert len(found["spectrum"]) == 12 * bool(hidden)  # SGC keeps the input's width
+
+
+def test_the_loss_can_be_followed(config: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Every line of metrics.jsonl has it, and the progress bar shows it."""
+    train_cell(config(epochs=4))
+    log = lines(tmp_path / "run")
+    assert [line["epoch"] for line in log] == [1, 2, 3, 4] and all(line["loss"] > 0 for line in log)
+    assert f"loss={log[-1]['loss']:.3f}" in capsys.readouterr().err
 
 
 def test_probing_does_not_change_the_numbers(config: Make, record: Read, tmp_path: Path) -> None:

@@ -128,6 +128,58 @@ def test_both_forms_and_several_scales(hear: Hear, root: Path, monkeypatch: pyte
     assert refused.value.returncode == 2
 
 
+def test_the_complete_plan(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both conventions with scales of their own, and as many scales for PN-SI at depth 16 and 32."""
+    calls, lines = hear("scripts/reproduce_table3.sh", "--dry-run", SEEDS="0", RECORDS="")
+    assert len(calls) == 1
+    assert len(lines) == len({tuple(words) for words in lines}) == 4 * (5 * (2 * len(NORMS) + 9 + 4) + 2 * 2 * 8)
+    configs = [parse(words, root, monkeypatch) for words in lines]
+    assert len({(*c.label().order, c.data, c.nlayer) for c in configs}) == len(lines)
+
+    def scales(norm: str, depth: int, identity: bool | None = None) -> set[float | None]:
+        return {c.scale for c in configs if (c.norm_mode, c.nlayer, c.identity) == (norm, depth, identity)}
+
+    released = {0.2, 0.5, 0.8, 1.0}
+    for depth in (2, 4, 8, 16, 32):
+        assert scales("CN", depth, True) == released | {2, 5, 10, 20, 50}
+        assert scales("CN", depth, False) == released
+        assert scales("PN-SI", depth) == (released | {2, 5, 10, 20, 50} if depth >= 16 else {1.0})
+        assert scales("PN", depth) == {1.0}
+
+
+def test_exact_and_linear_side_by_side(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs on which the literature reports ContraNorm as out of memory."""
+    chosen = {"DATASETS": "dblp coauthor_cs", "NORMS": "None CN", "SCALES": "1.0", "SEEDS": "0"}
+    script = "gnn/run_different_baselines.sh"
+    _, lines = hear(script, **chosen, IMPLEMENTATION="auto linear", DEGREE="1", RECORDS="")
+    assert len(lines) == len({tuple(words) for words in lines}) == 2 * 5 * (2 + 2)
+    configs = [parse(words, root, monkeypatch) for words in lines]
+    assert Counter((c.norm_mode, c.implementation, c.degree) for c in configs) == {
+        ("None", "auto", 2): 20, ("CN", "auto", 2): 10, ("CN", "linear", 1): 10,
+    }  # fmt: skip
+
+
+def test_committed_cells_of_table_3_are_not_run_again(hear: Hear, root: Path, tmp_path: Path) -> None:
+    """Every record of Cora stands for a line of the default plan."""
+    _, lines = hear("gnn/run_different_baselines.sh", DATASETS="cora", RECORDS="")
+    cells, _ = sweep.read_cells([shlex.join(words) for words in lines], tmp_path)
+    place = root / "results/table3_cora/records.jsonl"
+    known = sweep.recorded(cells, [str(place)])
+    assert len(known) == len(place.read_text().splitlines())
+
+
+def test_the_evidence_s_cells_are_lines_of_the_plan(hear: Hear, tmp_path: Path, data_root: Path) -> None:
+    """Records of the wider sweep: those of both files, with two scales more than the plan has."""
+    places = sorted((data_root.parent / "evidence/table3").glob("*.jsonl"))
+    if not places:
+        pytest.skip("no evidence beside the data sets")
+    chosen = {"SCALES": "0.2 0.5 0.8 1.0 2 4 5 10 20 50 1000", "IMPLEMENTATION": "auto linear blocked", "DEGREE": "1"}
+    _, lines = hear("gnn/run_different_baselines.sh", **chosen, DEEP_PN_SI_SCALES="5 10", RECORDS="")
+    cells, _ = sweep.read_cells([shlex.join(words) for words in lines], tmp_path)
+    for place in places:
+        assert len(sweep.recorded(cells, [str(place)])) == len(place.read_text().splitlines())
+
+
 def test_every_distinct_line_trains(
     hear: Hear, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_small_graph: None
 ) -> None:
@@ -261,11 +313,12 @@ def test_the_quickstarts_cells_are_those_of_the_committed_records(
     assert Counter(map(cell, records)) == Counter(cell(vars(c)) for c in configs)
 
 
+@pytest.mark.parametrize("depths", [["--depths", "2", "4"], ["--depths=2,4"], ["--depths", "[4, 2]"]], ids=str)
 def test_flags_of_the_quickstart(
-    hear: Hear, installed: Installed, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    depths: list[str], hear: Hear, installed: Installed, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     venv = installed(f'exec "{tmp_path}/python" "$@"')["VENV"]
-    flags = ["--depths", "[4, 2]", "--seeds=1", "--epochs", "3", "--jobs", "1", "--output_dir", "/r"]
+    flags = [*depths, "--seeds=1", "--epochs", "3", "--jobs", "1", "--output_dir", "/r"]
     calls, lines = hear(QUICKSTART, *flags, VENV=venv)
     configs = [parse(words, root, monkeypatch) for words in lines]
     assert [c.nlayer for c in configs] == [4] * 6 + [2] * 6
@@ -283,6 +336,8 @@ def test_flags_of_the_quickstart(
         ("--data=karate", "--data karate"),
         ("--colour=red", "--colour is no flag of the quickstart"),
         ("--epochs", "--epochs needs a value"),
+        ("--depths", "--depths needs numbers of at least 2"),
+        ("--data_root=/nowhere/at/all", "--data_root /nowhere/at/all: no such folder"),
     ],
 )
 def test_the_quickstart_refuses_nonsense(flag: str, message: str, root: Path, installed: Installed) -> None:
@@ -297,16 +352,12 @@ def test_the_quickstart_refuses_nonsense(flag: str, message: str, root: Path, in
     assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
 
 
-def start(argv: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def group_of(folder: Path) -> list[int]:
-    """Processes whose command line names the folder."""
+def processes_with(mark: str) -> list[int]:
+    """Living processes that inherited an environment in which the mark stands; forked cells have no other sign."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            if str(folder).encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+            if mark.encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
                 found.append(int(path.parent.name))
     return found
 
@@ -317,15 +368,19 @@ def test_a_stopped_quickstart_leaves_no_worker(
 ) -> None:
     folder = tmp_path / "out"
     flags = ["--depths=2", "--epochs=100000", "--jobs=2", f"--output_dir={folder}"]
-    process = start(["bash", str(root / QUICKSTART), *flags], installed(f'exec "{python}" "$@"'))
+    mark = f"STARTED_BY_TEST={tmp_path}"
+    environment = installed(f'exec "{python}" "$@"') | {"STARTED_BY_TEST": str(tmp_path)}
+    argv = ["bash", str(root / QUICKSTART), *flags]
+    process = subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not list(folder.rglob("metrics.jsonl")):
+    while len(list(folder.rglob("metrics.jsonl"))) < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
+    assert len(processes_with(mark)) >= 4  # the script, the sweep, two cells
     process.send_signal(signum)
     _, errors = process.communicate(timeout=120)
     assert process.returncode not in (0, None), errors
-    assert group_of(folder) == [] and not list(folder.rglob("record.json"))
+    assert processes_with(mark) == [] and not list(folder.rglob("record.json"))
 
 
 @pytest.mark.slow
@@ -359,13 +414,31 @@ def test_every_line_of_the_readme_runs(
     monkeypatch.chdir(root)
     for number, line in enumerate(lines):
         words = shlex.split(line, comments=True)
-        main([*words, "--epochs=1", "--device=cpu", f"--output_dir={tmp_path / str(number)}"])
+        main([*words, "--epochs=1", "--device=cpu", "--report_to=none", f"--output_dir={tmp_path / str(number)}"])
         assert (tmp_path / str(number) / "record.json").exists()
     calls = [call for call in re.findall(r"^    ((?:\w+=.*)?bash (?:gnn|scripts)/\w+\.sh.*)$", text, re.M)]
-    assert len(calls) >= 4
+    calls += re.findall(r"^    (for gpu in .*bash gnn/\w+\.sh.*)$", text, re.M)
+    assert len(calls) >= 16
     for call in calls:
-        script = re.search(r"bash (\S+)", call)
+        script = re.search(r"bash (\S+\.sh)", call)
         assert script is not None and (root / script[1]).is_file(), call
+
+
+def test_times_in_the_readme_are_those_of_records(root: Path) -> None:
+    text = " ".join((root / "gnn/README.md").read_text().split())
+
+    def records(folder: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (root / f"results/{folder}/records.jsonl").read_text().splitlines()]
+
+    count, minutes = re.search(r"quickstart's (\d+) runs take ([\d.]+) minutes of one core", text).groups()
+    quickstart = [record["seconds"] for record in records("quickstart")]
+    assert len(quickstart) == int(count) and sum(quickstart) / 60 == pytest.approx(float(minutes), rel=0.2)
+    cora = [
+        record["seconds"] for record in records("table3_cora")
+        if (record["config"]["nlayer"], record["config"]["norm_mode"], record["config"]["norm_scale"]) == (8, "CN", 1.0)
+    ]  # fmt: skip
+    (seconds,) = re.search(r"about (\d+) s on one core", text).groups()
+    assert sorted(cora)[len(cora) // 2] == pytest.approx(float(seconds), rel=0.2)
 
 
 def test_which_python(root: Path, tmp_path: Path) -> None:

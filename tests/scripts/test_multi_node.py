@@ -27,4 +27,5 @@ def test_a_node_joins_its_rendezvous_and_runs_the_module(tmp_path: Path, root: P
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("check: false") == 2  # both processes ran the module with its flags
+    assert "requeue" not in done.stderr
     assert "asked: show hostnames node[1-2]" in done.stderr

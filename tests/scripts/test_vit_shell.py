@@ -112,8 +112,9 @@ def test_every_line_of_every_script_trains(
     for number, words in enumerate(lines):
         AcceleratorState._reset_state(reset_partial_state=True)  # of the line before: one precision per process
         main(
-            [*words[3:], f"--data-path={tmp_path / 'data'}", "--epochs=1", "--batch_size=8", "--num_workers=0", "--cpu",
-             "--input_size=32", "--max_train_samples=8", f"--output_dir={tmp_path / str(number)}"]
+            [*words[3:], f"--data-path={tmp_path / 'data'}", "--epochs=1", "--batch_size=8", "--effective_batch=8",
+             "--num_workers=0", "--cpu", "--input_size=32", "--max_train_samples=8",
+             f"--output_dir={tmp_path / str(number)}"]
         )  # fmt: skip
         record = json.loads((tmp_path / str(number) / "record.json").read_text())
         assert record["metrics"]["test_images"] == 8

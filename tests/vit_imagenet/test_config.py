@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -25,6 +27,13 @@ def parse(*flags: str) -> Config:
         ("--scale 0", "--norm contra needs a step"),
         ("--norm vanilla --scale 0.1", "--scale has no meaning"),
         ("--norm vanilla --dual-norm", "--symmetric has no meaning"),
+        ("--norm vanilla --scale 0", "--scale has no meaning"),
+        ("--norm vanilla --no-identity", "--identity has no meaning"),
+        ("--norm vanilla --pre-norm", "--pre_norm has no meaning"),
+        ("--norm vanilla --temp 0.5", "--tau has no meaning"),
+        ("--norm vanilla --axis features", "--axis has no meaning"),
+        ("--norm vanilla --learnable", "--learnable has no meaning"),
+        ("--norm vanilla --implementation plain", "--implementation has no meaning"),
         ("--scale 0.1 --positive", "--positive needs learnable"),
         ("--scale 0.1 --depth 0", "--depth must be at least 1"),
         ("--scale 0.1 --batch-size 3", "must be even"),
@@ -37,6 +46,10 @@ def parse(*flags: str) -> Config:
         ("--scale 0.1 --finetune a --resume b", "give one"),
         ("--scale 0.1 --reset-head", "--reset_head needs"),
         ("--scale 0.1 --data-set CIFAR10 --class-list f", "chooses class folders"),
+        ("--scale 0.1 --bce-loss", "needs --smoothing 0"),
+        ("--scale 0.1 --src", "--src belongs to --three_augment"),
+        ("--scale 0.1 --effective-batch 100", "must be a multiple of --batch_size 64"),
+        ("--scale 0.1 --effective-batch 128 --accumulate 2", "leave that out"),
         ("--scale 0.1 --data-set MARS", "MARS"),
         ("--scale 0.1 --scael 2", "scael"),
     ],
@@ -78,6 +91,8 @@ def test_the_references_spellings() -> None:
     )
     assert (config.scale, config.tau, config.symmetric, config.pre_norm) == (0.2, 0.5, True, True)
     assert (config.learnable, config.positive, config.identity, config.input_size) == (True, True, True, 64)
+    deit3 = parse("--scale=0.1", *"--ThreeAugment --src --bce-loss --smoothing 0".split())
+    assert (deit3.three_augment, deit3.src, deit3.bce_loss) == (True, True, True)
 
 
 def test_a_run_says_which_cell_it_belongs_to() -> None:
@@ -104,12 +119,44 @@ def test_every_setting_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name in Config.__dataclass_fields__ if not texts.get(name)] == []
 
 
-@pytest.mark.parametrize(
-    "path", sorted(Path(__file__).parents[2].glob("ViT_imagenet/configs/*.yaml")), ids=lambda p: p.stem
-)
+ROOM = Path(__file__).parents[2] / "ViT_imagenet"
+
+
+@pytest.mark.parametrize("path", sorted(ROOM.glob("configs/*.yaml")), ids=lambda p: p.stem)
 def test_config_files_are_datasheets_that_parse(path: Path) -> None:
     config = parse("--config", str(path), "--scale=0.1")
     assert config.norm == "contra"
     assert "scale" not in yaml.safe_load(path.read_text()), "a step in a file would be a hidden default"
     for word in ("hardware", "time", "expect", "command"):
         assert f"# {word}" in path.read_text().lower()
+
+
+def documented_lines() -> list[str]:
+    """The flags of every ViT_imagenet.main line in the README, the config files and the docstrings."""
+    found = []
+    for path in [ROOM / "README.md", *ROOM.glob("configs/*.yaml"), *ROOM.glob("*.py")]:
+        text = re.sub(r"(\\\n|\n#  )\s*", " ", path.read_text())  # a line that goes on in the next
+        found += re.findall(r"ViT_imagenet\.main( +-[^\n`\"#|(]*)", text)
+    return [line for line in found if not re.search(r"[$\[{…]|\.\.\.", line)]
+
+
+@pytest.mark.parametrize("line", documented_lines())
+def test_documented_lines_parse_and_their_files_exist(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOM.parent)
+    flags = shlex.split(line)
+    needed = [] if {"--scale", "--norm"} & set(flags) else ["--scale=0.1"]
+    parse(*flags, *needed)  # a config that is not there is refused
+
+
+@pytest.mark.parametrize("flag", ["data_root", "data_path"])
+def test_a_named_folder_that_is_not_there_is_refused_before_torch_is_loaded(
+    flag: str, tmp_path: Path, python: str, root: Path
+) -> None:
+    code = (
+        "import sys; from ViT_imagenet.main import main; from repro.errors import UserError\n"
+        f"try: main(['--scale=0.1', '--{flag}={tmp_path / 'gone'}', '--output_dir={tmp_path / 'run'}'])\n"
+        "except UserError as error: print(error); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([python, "-c", code], cwd=root, check=True, capture_output=True, text=True)
+    assert done.stdout == f"--{flag} {tmp_path / 'gone'}: no such folder\n"
+    assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ from PIL import Image
 from timm.data import Mixup
 
 from repro.errors import UserError
+from repro.seeding import seed_everything
 from ViT_imagenet.config import Config
 from ViT_imagenet.data import load_data
 from ViT_imagenet.loader import (
@@ -155,3 +156,31 @@ def test_bad_images(make_parquet: Callable[..., Path], workers: int, capsys: pyt
     with pytest.raises(UserError, match=r"train-00000-of-00001.parquet, row [23] .*--on-bad-image skip"):
         for batch in train:
             BadImages("fail").add(batch.bad)
+
+
+def test_the_effective_batch_is_kept_by_accumulation() -> None:
+    steps = [[t for batch in batches(64, batch_size=4, effective_batch=16, world=world) for t in batch]
+             for world in (1, 2, 4)]  # fmt: skip
+    assert [len(step) for step in steps] == [64, 32, 16]
+    assert [batches(64, batch_size=4, effective_batch=16, world=world).accumulate for world in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(UserError, match="--effective_batch 16 is not a multiple of --batch_size 4 x 8 processes"):
+        batches(64, batch_size=4, effective_batch=16, world=8)
+
+
+@pytest.mark.parametrize("src", [False, True])
+def test_three_augment_is_grey_solarized_or_blurred(src: bool) -> None:
+    settings = config(three_augment=True, src=src, color_jitter=0.0)
+    transform = train_transform(settings, 32)
+    noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    kinds = set()
+    for seed in range(30):
+        seed_everything(seed)
+        result = transform(image)
+        assert result.shape == (3, 32, 32)
+        pixels = result * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) + torch.tensor([0.485, 0.456, 0.406]).view(
+            3, 1, 1
+        )
+        grey = torch.allclose(pixels[0], pixels[1], atol=1e-5)
+        kinds.add("grey" if grey else "dark" if pixels.max() < 0.51 else "blurred")
+    assert kinds == {"grey", "dark", "blurred"}

@@ -18,6 +18,9 @@ from repro.errors import Interrupted, UserError, run_main
 from repro.run.run import Run
 from ViT_imagenet.curves import main as curves
 from ViT_imagenet.main import main
+from ViT_imagenet.predict import main as predict
+
+from .conftest import picture
 
 
 def record(folder: Path) -> dict:
@@ -304,6 +307,62 @@ def test_a_checkpoint_in_mid_epoch_needs_the_same_steps(
             main([*flags, "--checkpoint_every=2", f"--output_dir={tmp_path / 'first'}"])
     with pytest.raises(UserError, match="step 2 of 6 of an epoch, which has 3 steps here"):
         main([*flags, "--accumulate=2", f"--resume={tmp_path / 'first'}", f"--output_dir={tmp_path / 'second'}"])
+
+
+def test_deit_3s_loss_and_augmentation(flags: list[str], tmp_path: Path) -> None:
+    more = ["--bce-loss", "--smoothing=0", "--ThreeAugment", "--src", "--epochs=1"]
+    main([*flags, *more, f"--output_dir={tmp_path / 'mixed'}"])
+    assert 0 < lines(tmp_path / "mixed")[0]["train_loss"] < 1.5  # 0.69 for each of three undecided classes, averaged
+    main([*flags, *more, "--mixup=0", "--cutmix=0", f"--output_dir={tmp_path / 'plain'}"])
+    assert record(tmp_path / "plain")["metrics"]["test_images"] == 11
+
+
+def test_predict_names_the_class_of_an_image(
+    undisturbed: Path, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label in range(3):
+        picture(label, 99).save(tmp_path / f"{label}.png")
+    files = [str(tmp_path / f"{label}.png") for label in range(3)]
+    predict(["--model", str(undisturbed), "--image", f"[{', '.join(files)}]"])
+    rows = [row.split("\t") for row in capsys.readouterr().out.splitlines()]
+    assert [row[2] for row in rows] == [name for name in files for _ in range(3)]
+    assert {row[0] for row in rows} == {"c0", "c1", "c2"}
+    for start in (0, 3, 6):
+        numbers = [float(row[1]) for row in rows[start : start + 3]]
+        assert sum(numbers) == pytest.approx(1, abs=2e-4) and numbers == sorted(numbers, reverse=True)
+    assert [rows[start][0] for start in (0, 3, 6)] == ["c0", "c1", "c2"]  # the run's test accuracy is 1
+    predict(["--model", str(undisturbed), "--image", files[0], "--top=1", "--ema"])
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    (tmp_path / "text.png").write_text("no image")
+    for wrong, said in (("text.png", "text.png"), ("gone.png", "gone.png")):
+        with pytest.raises(UserError, match=f"{said} .*not readable as an image"):
+            predict(["--model", str(undisturbed), "--image", str(tmp_path / wrong)])
+    with pytest.raises(UserError, match=r"no model.safetensors there"):
+        predict(["--model", str(tmp_path), "--image", files[0]])
+
+
+def test_the_effective_batch_is_printed_and_can_be_resumed_with_other_micro_batches(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*flags, "--effective_batch=8", "--epochs=1", f"--output_dir={tmp_path / 'a'}"])
+    assert "4 x 2 x 1 processes = 8" in capsys.readouterr().out
+    main([*flags, "--accumulate=2", "--epochs=1", f"--output_dir={tmp_path / 'b'}"])
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_another_processors_kernels_give_the_same_accuracy(
+    undisturbed: Path, flags: list[str], tmp_path: Path, python: str, root: Path
+) -> None:
+    """The README's tolerance: the saved weights' loss to 1e-4, the same accuracy."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+    subprocess.run(
+        [python, "-m", "ViT_imagenet.main", *flags, "--eval", f"--resume={undisturbed}",
+         f"--output_dir={tmp_path / 'o'}"],
+        cwd=root, env=environment, check=True, capture_output=True,
+    )  # fmt: skip
+    ours, theirs = record(undisturbed)["metrics"], record(tmp_path / "o")["metrics"]
+    assert theirs["test_accuracy"] == ours["test_accuracy"]
+    assert theirs["test_loss"] == pytest.approx(ours["test_loss"], abs=1e-4)
 
 
 def test_curves_are_drawn_from_records(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from repro.errors import UserError
 from repro.sweep.cell import read_cells
-from repro.sweep.watch import format_duration, look, main, progress, render
+from repro.sweep.launch import look
+from repro.sweep.watch import main, progress, render
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_table(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         main([str(results)])
     rows = capsys.readouterr().out.splitlines()
-    assert rows[0].startswith("5 cells: 1 running, 1 failed, 0 cancelled, 0 interrupted, 2 waiting, 1 done; about 2:")
+    assert rows[0].startswith("5 cells: 1 running, 1 failed, 0 cancelled, 0 interrupted, 2 waiting, 1 done; about 02:")
     assert rows[1].endswith("] 20%")
     assert rows[2].split()[:2] == ["running", "25%"]
     assert rows[3].split()[0] == "failed" and rows[3].endswith("exit code 2: error: no such graph")
@@ -65,10 +66,6 @@ def test_progress_is_unknown_without_a_length(tmp_path: Path) -> None:
     (tmp_path / "args.yaml").write_text("steps: 3\n")
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
     assert progress(tmp_path) is None
-
-
-def test_times() -> None:
-    assert [format_duration(s) for s in (5, 125.4, 3723)] == ["0:05", "2:05", "1:02:03"]
 
 
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir()])
