@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.common import goal, report, synchronize
+from benchmarks.common import goal, report
 from gnn.arxiv import models
 from gnn.arxiv.config import Config as RunSettings
 from gnn.arxiv.data import Counts
@@ -138,14 +138,15 @@ def measure(variant: Variant) -> dict[str, float]:
     y = torch.randint(0, Counts.classes, (variant.nodes,), device=device)
     make = convolution_step(variant, adjacency, x) if variant.convolution else None
     step = make or network_step(variant, adjacency, x, y)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     before = reset_peak(device)
     if variant.steps > 1:
         step()  # to warm up
-    synchronize()
+    wait()
     start, worked = time.perf_counter(), time.process_time()
     for _ in range(variant.steps):
         step()
-    synchronize()
+    wait()
     seconds, worked = time.perf_counter() - start, time.process_time() - worked
     per_step = {"seconds": seconds / variant.steps, "CPU seconds": worked / variant.steps}
     return {**per_step, "MiB": peak_mib(device) - before}
