@@ -158,8 +158,9 @@ OLD_KEYS = {
                   "fused_optimizer", "cheap_dropout"),
     "ViT_imagenet": ("data_set", "depth", "norm", "scale", "cache", "mixed_precision", "channels_last",
                      "fused_optimizer"),
+    "arxiv": ("data", "mode", "n_layers", "n_epochs", "norm", "scale", "scaled_tau"),
 }  # fmt: skip
-METRIC = {"gnn": "test_accuracy", "BERT_glue": "score", "ViT_imagenet": "test_accuracy"}
+METRIC = {"gnn": "test_accuracy", "BERT_glue": "score", "ViT_imagenet": "test_accuracy", "arxiv": "test_accuracy"}
 NEW_NAMES = {"norm_scale": "config.scale", "scale": "config.scale", "depth": "config.depth", "data": "config.data",
              "sites": "sites", "nlayer": "nlayer"}  # fmt: skip
 

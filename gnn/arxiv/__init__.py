@@ -1,0 +1,1 @@
+"""ogbn-arxiv: RevGAT with label reuse, self-distillation and ContraNorm over features (D-ContraNorm)."""

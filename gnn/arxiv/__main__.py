@@ -1,0 +1,34 @@
+"""Train one RevGAT: `python -m gnn.arxiv --mode teacher ...`, then `--mode student --teacher FOLDER ...`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gnn.arxiv.config import Config
+from repro.config import parse_config
+from repro.errors import run_main
+
+PRELOAD = ("gnn.arxiv.train",)  # what a process that starts many runs imports beforehand
+
+
+def train_cell(config: Config) -> None:
+    """Train one teacher or student; its folder ends with a record.json."""
+    from gnn.arxiv.train import prepare, train
+    from repro.run.run import Run
+
+    finished = (Path(config.output_dir) / "record.json").exists()
+    setup = None if finished else prepare(config)  # before Run: bad input leaves no folder; a finished run needs none
+    with Run(config.output_dir, "arxiv", config, report_to=config.report_to) as run:
+        if setup is not None and not run.done:
+            train(setup, run)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and train."""
+    # `train_cell` imports torch and PyG, so that a typing error is reported before they load.
+    train_cell(parse_config(Config, argv, prog="gnn.arxiv", description="RevGAT with ContraNorm on ogbn-arxiv."))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,94 @@
+"""What D-ContraNorm does in each layer over training: `python -m gnn.arxiv.activity --records RUNS --output FILE.png`.
+
+Left the relative move ‖y - x‖ / ‖x‖, right the mean of 1 - A_aa, which is 0 where the softmax over features is the
+identity matrix; one curve for each method, depth and layer: the mean over seeds, on an axis that is logarithmic above
+1e-8 and linear below.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from repro.config import parse_config
+from repro.errors import UserError, run_main
+from repro.report.records import iterate_records
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend first: no display is needed)
+
+PANELS = {"relative_move": "relative move ‖y - x‖ / ‖x‖", "off_diagonal": "mean of 1 - A_aa"}
+# Okabe and Ito's palette, told apart also without colour vision; a method has a colour, a layer its dashes.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+DASHES = ("-", "--", "-.", ":")
+
+
+@dataclass
+class Config:
+    """What to draw."""
+
+    records: str
+    """Folder of runs, record file or glob pattern."""
+    output: str
+    """The figure; its ending chooses the format."""
+    mode: str = "teacher"
+    """Which runs: teacher or student."""
+
+
+Key = tuple[str, str, int]
+
+
+def courses(records: str, mode: str) -> dict[Key, list[dict[str, Any]]]:
+    """Data set, method and depth → the activity of each of its runs.
+
+    Raises:
+        UserError: no such run has any.
+    """
+    found: dict[Key, list[dict[str, Any]]] = defaultdict(list)
+    for _, record in iterate_records([records]):
+        if "activity_history" in record and record["config"]["mode"] == mode:
+            cell = record["cell"]
+            found[cell["data"], cell["method"], cell["depth"]].append(record["activity_history"])
+    if not found:
+        raise UserError(f"{records}: no {mode} with D-ContraNorm there")
+    return dict(sorted(found.items()))
+
+
+def draw(found: dict[Key, list[dict[str, Any]]]) -> plt.Figure:
+    """A row of two panels for each depth."""
+    rows = sorted({(data, depth) for data, _, depth in found})
+    methods = sorted({method for _, method, _ in found})
+    figure, axes = plt.subplots(len(rows), 2, figsize=(10, 3.2 * len(rows)), squeeze=False, layout="constrained")
+    for (data, method, depth), runs in found.items():
+        epochs = runs[0]["epoch"]
+        if any(run["epoch"] != epochs for run in runs):
+            raise UserError(f"{data}, {method}, {depth} layers: runs of different length: name fewer records")
+        for panel, (name, text) in zip(axes[rows.index((data, depth))], PANELS.items(), strict=True):
+            mean = np.mean([run[name] for run in runs], axis=0)  # (epochs, layers)
+            for layer, values in enumerate(mean.T):
+                style = {"color": COLOURS[methods.index(method) % 4], "linestyle": DASHES[layer % 4]}
+                panel.plot(epochs, values, label=f"{method}, layer {layer + 1}", **style)
+            panel.set(title=f"{data}, {depth} layers", xlabel="epoch (0: initialization)", ylabel=text, ylim=(0, 10))
+            panel.set_yscale("symlog", linthresh=1e-8)
+    for row in axes:
+        row[1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    config = parse_config(Config, argv, prog="python -m gnn.arxiv.activity", description=__doc__ or "")
+    figure = draw(courses(config.records, config.mode))
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(config.output, dpi=150)
+    plt.close(figure)
+    print(f"written: {config.output}")
+
+
+if __name__ == "__main__":
+    run_main(main)
