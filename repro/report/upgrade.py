@@ -21,8 +21,15 @@ _EXECUTION_FIELDS = [
 ]  # fmt: skip
 _RENAMED = {"norm_scale": "scale", "temp": "tau", "dual_norm": "symmetric", "use_v2": "axis"}
 # Switches that came later: a record without them was made by the form that they now default to.
-_LATER = {"axis": "tokens", "symmetric": False, "pre_norm": False, "learnable": False, "positive": False, "degree": 2}
-_LATER_OF = {
+_LATER: dict[str, Any] = {
+    "axis": "tokens",
+    "symmetric": False,
+    "pre_norm": False,
+    "learnable": False,
+    "positive": False,
+    "degree": 2,
+}
+_LATER_OF: dict[str, dict[str, Any]] = {
     "gnn": {"nhead": 1, "fea_norm": True},
     "BERT_glue": {},
     "ViT_imagenet": {"bce_loss": False, "three_augment": False, "src": False, "effective_batch": None},
