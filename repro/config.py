@@ -5,13 +5,17 @@ from __future__ import annotations
 import abc
 import argparse
 import dataclasses
+import difflib
+import itertools
+import json
 import os
+import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import jsonargparse
 import yaml
@@ -28,6 +32,10 @@ _UNREADABLE = (
     argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, ValueError, OverflowError, RecursionError,
     yaml.YAMLError,
 )  # fmt: skip
+_IN_WORDS = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null",
+    list: "a list", dict: "a mapping",
+}  # fmt: skip
 
 
 def default_data_root() -> str:
@@ -75,6 +83,15 @@ class RunConfig(abc.ABC):
     report_to: str = "none"
     """Also log to tensorboard, wandb, trackio or mlflow, whichever is installed; metrics.jsonl is always written."""
 
+    def check_data_root(self) -> None:
+        """Refuse a `data_root` that was given and is not there; the default may be absent (not all data need files).
+
+        Raises:
+            ValueError: the flag and the folder.
+        """
+        if self.data_root != default_data_root() and not Path(self.data_root).is_dir():
+            raise ValueError(f"--data_root {self.data_root}: no such folder")
+
     @abc.abstractmethod
     def label(self) -> CellLabel:
         """The cell of a table that this run belongs to."""
@@ -86,67 +103,94 @@ def _help_of(cls: type) -> dict[str, str]:
     return {p.arg_name: p.description or "" for base in bases for p in parse_from_object(base).params}
 
 
-def _is_bool(hint: object) -> bool:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return bool in typing.get_args(hint)
-    return hint is bool
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The types that a field takes: those of a union, else its one type."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _spellings(field: dataclasses.Field[Any]) -> tuple[str, ...]:
+    return (field.name, *field.metadata.get("aliases", ()))
 
 
 def build_parser(cls: type, *, prog: str, description: str = "") -> jsonargparse.ArgumentParser:
-    """A parser with one flag per field of dataclass `cls`.
+    """A parser with one flag per field of dataclass `cls`, in a group for each class that `cls` inherits.
 
-    Every flag can be written with dashes or underscores (`--batch-size`, `--batch_size`), and by the names in its
-    field's metadata "aliases"; a YAML key is the field's name. A bool is a switch: `--flag` / `--no_flag`, or
-    `--flag=false`. `--config FILE` reads YAML defaults, `--print_config` prints the resulting YAML.
+    A flag goes by its field's name and by the names in the field's metadata "aliases"; a YAML key is the field's name.
+    `--config FILE` reads YAML defaults, `--print_config` prints the resulting YAML. `parse_config` accepts more
+    spellings: dashes (`--batch-size`), switches (`--flag`, `--no_flag`), lists (`--depths 2 4`).
     """
-    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    required = "".join(
+        f" --{field.name} {field.name.upper()}"
+        for field in dataclasses.fields(cls)
+        if field.default is field.default_factory is dataclasses.MISSING
+    )
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, usage=f"{_runnable(prog)}{required} [--FLAG VALUE ...]", description=description, exit_on_error=False
+    )
     parser.add_argument("--config", action="config", help="YAML file of defaults; flags on the command line win")
-    hints = typing.get_type_hints(cls)
-    texts = _help_of(cls)
+    hints, texts = typing.get_type_hints(cls), _help_of(cls)
+    bases = [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
+    owners = {field.name: base for base in bases for field in dataclasses.fields(base)}
+    groups = {
+        base: parser.add_argument_group(base.__name__.removesuffix("Config").removesuffix("Options") or "settings")
+        for base in bases
+        if base in owners.values()
+    }
     for field in dataclasses.fields(cls):
-        if field.default_factory is not dataclasses.MISSING:
-            default: Any = field.default_factory()
-        else:
-            default = field.default
-        spellings = [field.name, *field.metadata.get("aliases", ())]
-        names = dict.fromkeys(f"--{s}" for name in spellings for s in (name, name.replace("_", "-")))
         text = texts.get(field.name, "")
-        if _is_bool(hints[field.name]):
+        if bool in _kinds(hints[field.name]):
             text += f" [switch: --{field.name} or --no_{field.name}]"
-        settings: dict[str, Any] = {"help": text.strip() or None}
-        if default is dataclasses.MISSING:
-            settings["required"] = True
-        else:
-            settings["default"] = default
-        parser.add_argument(*names, type=hints[field.name], **settings)
+        settings: dict[str, Any] = {"default": field.default}
+        if field.default_factory is not dataclasses.MISSING:
+            settings = {"default": field.default_factory()}
+        elif field.default is dataclasses.MISSING:
+            settings = {"required": True}
+        names = [f"--{name}" for name in _spellings(field)]
+        groups[owners[field.name]].add_argument(*names, type=hints[field.name], help=text.strip() or None, **settings)
     return parser
 
 
-def _expand_switches(cls: type, argv: Sequence[str]) -> list[str]:
-    """Write `--flag` as `--flag=true` and `--no_flag` as `--flag=false`, and put `--config` first so that flags win.
+def _runnable(prog: str) -> str:
+    return prog if " " in prog or "." not in prog else f"python -m {prog}"
 
-    jsonargparse's ActionYesNo does the first for one spelling of a flag only, and not for a switch that may be unset.
+
+def _expand(cls: type, argv: Sequence[str]) -> list[str]:
+    """`--a-b` becomes `--a_b`, `--flag` `--flag=true`, `--no_flag` `--flag=false`, and `--list a b` `--list [a, b]`.
+
+    `--config` comes first, so that flags win. jsonargparse's ActionYesNo takes one spelling of a flag only, and no
+    switch that may be unset.
     """
     hints = typing.get_type_hints(cls)
-    switches = [f for f in dataclasses.fields(cls) if _is_bool(hints[f.name])]
-    bools = {name: f.name for f in switches for name in (f.name, *f.metadata.get("aliases", ()))}
+    fields = {name: field.name for field in dataclasses.fields(cls) for name in _spellings(field)}
+    bools = {name for name, field in fields.items() if bool in _kinds(hints[field])}
+    lists = {name for name, field in fields.items() if any(typing.get_origin(k) is list for k in _kinds(hints[field]))}
     configs: list[str] = []
     rest: list[str] = []
     tokens = list(argv)
     while tokens:
-        token = tokens.pop(0)
-        name = token.lstrip("-").replace("-", "_")
-        if token == "--config" and tokens:
-            configs += [token, tokens.pop(0)]
-        elif token.startswith("--config="):
-            configs.append(token)
-        elif token.startswith("--") and name in bools:
+        flag, equals, value = tokens.pop(0).partition("=")
+        if not flag.startswith("--"):
+            rest.append(flag + equals + value)
+            continue
+        name = flag[2:].replace("-", "_")
+        if name == "config" and (equals or tokens):
+            configs.append(f"--config={value if equals else tokens.pop(0)}")
+        elif equals:
+            rest.append(f"--{name}={value}")
+        elif name in bools:
             literal = tokens and tokens[0].lower() in ("true", "false")
-            rest.append(f"--{bools[name]}={tokens.pop(0).lower() if literal else 'true'}")
-        elif token.startswith(("--no_", "--no-")) and name.removeprefix("no_") in bools:
-            rest.append(f"--{bools[name.removeprefix('no_')]}=false")
+            rest.append(f"--{name}={tokens.pop(0).lower() if literal else 'true'}")
+        elif name.startswith("no_") and name[3:] in bools:
+            rest.append(f"--{name[3:]}=false")
+        elif name in lists:
+            words = list(itertools.takewhile(lambda token: not token.startswith("--"), tokens))
+            del tokens[: len(words)]
+            if len(words) > 1 or (words and words[0][0:1] != "[" and str not in _kinds(hints[fields[name]])):
+                quoted = [json.dumps(word) if list[str] in _kinds(hints[fields[name]]) else word for word in words]
+                words = [f"[{', '.join(quoted)}]"]
+            rest += [f"--{name}", *words]
         else:
-            rest.append(token)
+            rest.append(f"--{name}")
     return configs + rest
 
 
@@ -164,20 +208,49 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None, *, prog: str, 
             one line and exit code 2.
     """
     parser = build_parser(cls, prog=prog, description=description)
-    arguments = _expand_switches(cls, sys.argv[1:] if argv is None else argv)
     try:
-        namespace = parser.parse_args(arguments)
+        namespace = parser.parse_args(_expand(cls, sys.argv[1:] if argv is None else argv))
     except _UNREADABLE as error:
-        raise UserError(f"{prog}: {_short(str(error))} (see {prog} --help)") from error
+        raise UserError(f"{prog}: {_explain(cls, str(error))} (see {_runnable(prog)} --help)") from error
     values = {f.name: namespace[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     for name, value in values.items():
         if value is None and type(None) not in typing.get_args(hints[name]):  # the parser takes null for "not given"
             raise UserError(f"{prog}: {name} has no value (null): give one, or leave the line out")
     try:
-        return cls(**values)
+        config = cls(**values)
+        if isinstance(config, RunConfig):
+            config.check_data_root()
+        return config
     except ValueError as error:
         raise UserError(f"{prog}: {error}") from error
+
+
+def _explain(cls: type, message: str) -> str:
+    """Jsonargparse's message about a flag, a YAML key or a value in plain words."""
+    hints = typing.get_type_hints(cls)
+    names = [name for field in dataclasses.fields(cls) for name in _spellings(field)]
+    names += [f"no_{name}" for name in names if bool in _kinds(hints.get(name))]
+    if found := re.search(r"[Uu]nrecognized arguments: --([^\s=]+)", message):
+        return f"unknown flag --{found[1]}{_suggestion(found[1], names, '--')}"
+    if found := re.search(r"Option '(.+)' is not accepted", message):
+        return f"unknown key {found[1]!r}{_suggestion(found[1], names)}"
+    found = re.search(r'Parser key "(\w+)":.*\b(?:Got|Given) value: (.*)', message, re.DOTALL)
+    if found is None or found[1] not in hints:
+        return _short(re.sub(r'Parser key "(\w+)":', r"--\1:", message))
+    name, value = found.groups()
+    kinds = _kinds(hints[name])
+    choices = [str(choice) for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
+    if choices:
+        return f"--{name} {_short(value)}: choose one of {', '.join(choices)}{_suggestion(value, choices)}"
+    words = [_IN_WORDS.get(typing.get_origin(kind) or kind, "") for kind in kinds]
+    return f"--{name} {_short(value)}: must be {' or '.join(words)}" if all(words) else _short(message)
+
+
+def _suggestion(word: str, known: Iterable[str], prefix: str = "") -> str:
+    lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), lower, n=1)
+    return f"; did you mean {prefix}{lower[close[0]]}?" if close else ""
 
 
 def _short(message: str, limit: int = 400) -> str:

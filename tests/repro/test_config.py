@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from repro.config import RunConfig, load_yaml, parse_config, to_yaml
-from repro.errors import UserError
+from repro.errors import UserError, run_main
 
 
 @dataclass
@@ -208,3 +209,102 @@ def test_a_switch_can_be_turned_off_by_its_alias() -> None:
 def test_an_experiment_must_name_its_cells(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="label"):
         RunConfig(output_dir=str(tmp_path))  # type: ignore[abstract]
+
+
+# -- from the user's side: a command, its output, its exit code -------------------------------------------------------
+
+
+def command(python: str, *words: str) -> tuple[int, str, str]:
+    done = subprocess.run([python, "-m", *words], capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--data coar", "--data coar: choose one of cora, citeseer, pubmed"),
+        ("--data coar", "; did you mean cora? (see python -m gnn.main --help)"),
+        ("--nlayers 4", "unknown flag --nlayers; did you mean --nlayer?"),
+        ("--no_identiy", "unknown flag --no_identiy; did you mean --no_identity?"),
+        ("--scale big", "--scale big: must be a number or null"),
+        ("--data digits --data_root nowhere", "--data_root nowhere: no such folder"),
+    ],
+)
+def test_a_slip_is_answered_in_one_plain_line(words: str, told: str, tmp_path: Path, capsys) -> None:
+    from gnn.main import main
+
+    with pytest.raises(SystemExit) as left:
+        run_main(lambda: main(["--output_dir", str(tmp_path / "run"), *words.split()]))
+    answer = capsys.readouterr().err
+    assert left.value.code == 2 and answer.startswith("error: gnn.main: ") and answer.count("\n") == 1
+    assert told in answer and not (tmp_path / "run").exists()
+
+
+def test_a_slip_in_a_process_of_its_own(python: str) -> None:
+    code, out, err = command(python, "repro.sweep", "--results", "r", "--cluster", "slrum")
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: python -m repro.sweep: --cluster slrum: choose one of local, slurm; did you mean slurm? "
+        "(see python -m repro.sweep --help)\n"
+    )
+
+
+def test_unknown_yaml_keys_get_a_suggestion(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("batch_sise: 3\n")
+    with pytest.raises(UserError, match="unknown key 'batch_sise'; did you mean batch_size?"):
+        parse("--config", str(tmp_path / "c.yaml"))
+
+
+def test_the_default_data_root_may_be_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from gnn.config import Config as GraphConfig
+
+    monkeypatch.setenv("CONTRANORM_DATA", str(tmp_path / "absent"))
+    assert parse_config(GraphConfig, ["--output_dir", "o"], prog="p").data_root.endswith("absent")
+    (tmp_path / "c.yaml").write_text(f"data_root: {tmp_path / 'gone'}\n")
+    with pytest.raises(UserError, match="gone: no such folder"):
+        parse_config(GraphConfig, ["--output_dir", "o", "--config", str(tmp_path / "c.yaml")], prog="p")
+
+
+def test_help_has_groups_each_flag_once_and_a_usage_line_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    from gnn.config import Config as GraphConfig
+
+    with pytest.raises(SystemExit):
+        parse_config(GraphConfig, ["--help"], prog="gnn.main")
+    told = capsys.readouterr().out
+    assert told.startswith("usage: python -m gnn.main --output_dir OUTPUT_DIR [--FLAG VALUE ...]\n")
+    titles = [line for line in told.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["options:", "settings:", "ContraNorm:", "Run:"]
+    entries = [line.split("  ")[1] for line in told.splitlines() if line.startswith("  --")]
+    names = [word for entry in entries for word in entry.replace(",", "").split() if word.startswith("--")]
+    assert len(names) == len(set(names)) and not any("-" in name[2:] for name in names)
+    assert any(entry.startswith("--scale SCALE, --norm_scale SCALE") for entry in entries)
+    assert {f"--{field.name}" for field in dataclasses.fields(GraphConfig)} < set(names)
+
+
+@dataclass
+class Lists:
+    depths: list[int] = field(default_factory=list)
+    """Whole numbers."""
+    names: list[str] | str = field(default_factory=list)
+    """One name, or several."""
+
+
+@pytest.mark.parametrize(
+    ("words", "depths", "names"),
+    [
+        ("--depths 2 4 --names a b", [2, 4], ["a", "b"]),
+        ("--depths 2 --names a", [2], "a"),
+        ("--depths -1 2 --names 1 null", [-1, 2], ["1", "null"]),
+        ("--depths [2,4] --names [a,b]", [2, 4], ["a", "b"]),
+        ("--depths=[2,4] --names=a", [2, 4], "a"),
+    ],
+)
+def test_lists_are_written_as_words(words: str, depths: list[int], names: list[str] | str) -> None:
+    assert parse_config(Lists, words.split(), prog="p") == Lists(depths, names)
+
+
+def test_a_list_of_numbers_takes_no_words() -> None:
+    with pytest.raises(UserError, match="--depths"):
+        parse_config(Lists, ["--depths", "2", "four"], prog="p")
+    with pytest.raises(UserError, match="--depths"):
+        parse_config(Lists, ["--depths"], prog="p")
