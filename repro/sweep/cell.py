@@ -130,6 +130,13 @@ def read_cells(lines: Iterable[str], results: Path) -> tuple[list[Cell], int]:
     return list(cells.values()), repeated
 
 
+def processes(cell: Cell) -> int | None:
+    """How many processes the command starts by torchrun or accelerate, each for a GPU; None: one for each there is."""
+    names = ("nproc_per_node", "num_processes")
+    given = [value for name, value in _pairs(cell.argv) if name.replace("-", "_") in names and value]
+    return 1 if not given else int(given[-1]) if given[-1].isdigit() else None
+
+
 Canonical = tuple[tuple[str, ...], frozenset[tuple[str, str | float]]]
 
 

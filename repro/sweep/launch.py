@@ -18,7 +18,8 @@ from typing import Any
 
 from repro.errors import UserError
 from repro.run.track import is_done
-from repro.sweep.cell import Cell
+from repro.sweep.cell import Cell, processes
+from repro.sweep.devices import Devices
 from repro.sweep.preload import Preloader
 from repro.sweep.runner import CellRunner
 from repro.sweep.status import Status, last_line, status
@@ -50,22 +51,42 @@ class LocalLauncher:
 
     poll_seconds = 0.05
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int, devices: Devices, gpus_per_cell: int | None = None) -> None:
         self.capacity = jobs
+        self._devices = devices
+        self._gpus_per_cell = gpus_per_cell
         self._threads = max(1, len(os.sched_getaffinity(0)) // jobs)  # a cell's share of the cores
         self._preloader = Preloader()
 
     def start(self, cells: list[Cell]) -> list[Attempt]:
-        """Start some cells."""
+        """Start the cells for which there are GPUs, in their order."""
         attempts = []
         for cell in cells:
+            if (gpus := self._devices.lend(self._gpus_of(cell))) is None:
+                break  # none of the later ones may overtake it: it could wait for ever
             runner = _runner(cell, self._threads)
             try:
-                runner.start(self._preloader)
+                runner.start(self._preloader, gpus)
             except (OSError, UserError) as error:
                 print(f"warning: {cell.folder}: {error}", file=sys.stderr)
+            finally:
+                gpus.close()
             attempts.append(Attempt(cell, runner.attempt_id, runner))
         return attempts
+
+    def _gpus_of(self, cell: Cell) -> int:
+        return self._gpus_per_cell or processes(cell) or len(self._devices)
+
+    def check(self, cells: list[Cell]) -> None:
+        """Refuse cells that would wait for ever.
+
+        Raises:
+            UserError: a cell needs more GPUs than there are.
+        """
+        known = len(self._devices)
+        for cell in cells if known else ():
+            if (needed := self._gpus_of(cell)) > known:
+                raise UserError(f"{cell.line!r} needs {needed} GPUs, but --gpus names {known}")
 
     def finished(self, attempts: list[Attempt]) -> list[Attempt]:
         """Those whose process has ended."""

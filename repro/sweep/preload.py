@@ -1,6 +1,6 @@
 """Cells that start with torch already imported: a server imports their modules once and is forked for each cell.
 
-    sweep ── argv, log, lock ──▶ server ── fork ──▶ helper ── fork ──▶ cell
+    sweep ── argv, log, locks ─▶ server ── fork ──▶ helper ── fork ──▶ cell
                                                     (exits: the sweep becomes the cell's parent)
 
 A main module opts in with `PRELOAD = ("gnn.train",)`, the modules to import beforehand. A cell started this way sees
@@ -34,6 +34,7 @@ from typing import IO, Any, NoReturn
 from repro.sweep.cell import past_interpreter_flags
 
 _MESSAGE_BYTES = 1 << 17
+_MOST_DESCRIPTORS = 253  # SCM_MAX_FD of Linux
 _PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
@@ -112,11 +113,11 @@ class _Server:
         with theirs:
             self._process = launch(flags, modules, environment, theirs)
 
-    def fork(self, argv: Sequence[str], descriptors: list[int]) -> ForkedProcess | None:
+    def fork(self, argv: Sequence[str], descriptors: list[int], own: dict[str, str]) -> ForkedProcess | None:
         """The cell's process; None when the server is dead, in which case nothing of the cell has run."""
         read_go, write_go = os.pipe()
         try:
-            message = json.dumps({"argv": list(argv), "cwd": os.getcwd()}).encode()
+            message = json.dumps({"argv": list(argv), "cwd": os.getcwd(), "environment": own}).encode()
             socket.send_fds(self._channel, [message], [*descriptors, read_go])
             answer = self._channel.recv(32)
             if not answer:
@@ -145,15 +146,16 @@ class Preloader:
         self._given_up: set[tuple[str, ...]] = set()
 
     def start(
-        self, argv: Sequence[str], environment: dict[str, str], log: IO[bytes], lock: IO[str]
+        self, argv: Sequence[str], environment: dict[str, str], log: IO[bytes], held: list[int], own: dict[str, str]
     ) -> ForkedProcess | None:
         """Start `python -m MODULE` from a server; None when it has to be started as a fresh interpreter.
 
         Args:
             argv: the command.
-            environment: of the cell; the same in all calls.
-            log: becomes its stdout and stderr.
-            lock: the cell's lock, which its process holds from then on too.
+            environment: what all cells have in common; the same in all calls.
+            log: becomes the cell's stdout and stderr.
+            held: descriptors of the cell's locks, which its process holds from then on too.
+            own: variables of this cell.
         """
         call = module_call(argv)
         modules = declared_preload(call[1]) if call else ()
@@ -162,13 +164,13 @@ class Preloader:
         key = (*call[0], call[1])
         if key in self._given_up or not _adopt_orphans(True):
             return None
-        descriptors = [log.fileno(), lock.fileno()]
+        descriptors = [log.fileno(), *held]
         if (server := self._servers.get(key)) is not None:
-            if (process := server.fork(argv, descriptors)) is not None:
+            if (process := server.fork(argv, descriptors, own)) is not None:
                 return process
             server.close()  # killed: start another
         self._servers[key] = server = _Server(call[0], modules, environment)
-        process = server.fork(argv, descriptors)
+        process = server.fork(argv, descriptors, own)
         if process is None:
             server.close()
             del self._servers[key]
@@ -205,7 +207,7 @@ def serve(channel: socket.socket, modules: Sequence[str]) -> str | None:
     gc.collect()
     gc.freeze()  # what is imported lasts: cells need neither copy nor search it
     while True:
-        message, descriptors, _, _ = socket.recv_fds(channel, _MESSAGE_BYTES, 3)
+        message, descriptors, _, _ = socket.recv_fds(channel, _MESSAGE_BYTES, _MOST_DESCRIPTORS)
         if not message:
             return None
         pid = _fork_orphan()
@@ -240,9 +242,10 @@ def _fork_orphan() -> int:
     return pid
 
 
-def _become(request: dict[str, Any], log: int, lock: int, go: int) -> str:
+def _become(request: dict[str, Any], log: int, *others: int) -> str:
     """Turn this process into the one that `request["argv"]` would start; returns its module."""
     argv: list[str] = request["argv"]
+    *held, go = others
     os.setsid()
     if not os.read(go, 1):
         os._exit(0)  # the sweep has died, or has started the cell in another way
@@ -252,7 +255,11 @@ def _become(request: dict[str, Any], log: int, lock: int, go: int) -> str:
         os.dup2(descriptor, stream)
     for descriptor in (null, log, go):
         os.close(descriptor)
-    os.set_inheritable(lock, True)
+    for descriptor in held:
+        os.set_inheritable(descriptor, True)
+    # In time for CUDA_VISIBLE_DEVICES, which CUDA reads when it is initialised. An import that has initialised it is
+    # what the next lines look for: the interpreter that they start reads the variable afresh.
+    os.environ.update(request["environment"])
     torch = sys.modules.get("torch")
     if torch is not None and getattr(torch.cuda, "_is_in_bad_fork", bool)():
         os.execv(argv[0], argv)  # an import has touched the GPU, which a forked process cannot use

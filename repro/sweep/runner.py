@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -17,9 +16,10 @@ from types import FrameType
 from typing import IO, Any
 
 from repro.errors import UserError
-from repro.files import write_atomic
+from repro.files import try_lock, write_atomic
 from repro.run.track import is_done
 from repro.sweep.cell import Cell
+from repro.sweep.devices import Lent
 from repro.sweep.preload import ForkedProcess, Preloader
 from repro.sweep.status import read_details
 
@@ -62,8 +62,10 @@ class CellRunner:
         if self.poll() and self._details.get("state") == "interrupted" and self._stopped and taken_away:
             time.sleep(GRACE_SECONDS)  # SIGTERM announces a preemption: a job that ends first is not queued again
 
-    def start(self, preloader: Preloader | None = None) -> None:
+    def start(self, preloader: Preloader | None = None, gpus: Lent | None = None) -> None:
         """Start the child, by the preloader where it can, unless the cell is done or another process holds it.
+
+        Without `gpus` the child sees the GPUs that this process does.
 
         Raises:
             UserError: record.json is damaged.
@@ -76,32 +78,34 @@ class CellRunner:
         try:
             _remove_leftovers(folder)
             if not is_done(folder):
-                self._start_child(folder, self._lock, preloader)
+                self._start_child(folder, self._lock, preloader, gpus or Lent())
         finally:
             if self._child is None:
                 self._lock.close()
 
-    def _start_child(self, folder: Path, lock: IO[str], preloader: Preloader | None) -> None:
+    def _start_child(self, folder: Path, lock: IO[str], preloader: Preloader | None, gpus: Lent) -> None:
         self._began = time.monotonic()
         self._describe(
             line=self.cell.line, state="running", attempt_id=self.attempt_id,
             tries=read_details(folder).get("tries", 0) + 1, host=socket.gethostname(), pid=os.getpid(),
-            job=_slurm_job(), started=datetime.now(UTC).isoformat(timespec="seconds"),
+            job=_slurm_job(), gpus=gpus.names, started=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self.threads))
         environment = PASSIVE_WAIT | dict(os.environ) | threads
+        own = {"CUDA_VISIBLE_DEVICES": gpus.names} if gpus.names else {}
         try:
             with open(folder / "log.txt", "ab") as log:
                 log.write("# try {tries} at {started} on {host}\n".format(**self._details).encode())
                 log.flush()
-                # The child holds the lock too: should this process be killed, the cell stays taken while it lives.
-                # (filelock's locks cannot be handed to a child, which is why they are not used here.)
+                # The child holds the locks too: should this process be killed, the cell and its GPUs stay taken while
+                # it lives. (filelock's locks cannot be handed to a child, which is why they are not used here.)
+                held = [lock.fileno(), *(file.fileno() for file in gpus.locks)]
                 if preloader is not None:
-                    self._child = preloader.start(self.cell.argv, environment, log, lock)
+                    self._child = preloader.start(self.cell.argv, environment, log, held, own)
                 if self._child is None:
                     self._child = subprocess.Popen(
                         self.cell.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                        env=environment, pass_fds=[lock.fileno()], start_new_session=True,
+                        env=environment | own, pass_fds=held, start_new_session=True,
                     )  # fmt: skip
         finally:
             if self._child is None:
@@ -167,14 +171,10 @@ def _slurm_job() -> str:
 
 def _acquire(path: Path) -> IO[str] | None:
     """The lock file, held; None when another process keeps it (a glance by `is_held` lasts microseconds)."""
-    file = open(path, "a")
     for _ in range(5):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if (file := try_lock(path)) is not None:
             return file
-        except BlockingIOError:
-            time.sleep(0.02)
-    file.close()
+        time.sleep(0.02)
     return None
 
 

@@ -33,11 +33,12 @@ def status(cell: Cell) -> Status:
     details = read_details(cell.folder)
     try:
         if is_done(cell.folder):
-            return Status("done", details=details)
+            return Status("done", f"on GPU {details['gpus']}" if details.get("gpus") else "", details)
     except UserError as error:
         return Status("failed", str(error), details)
     if is_held(cell.folder):
-        return Status("running", f"on {details.get('host', '?')}", details)
+        gpus = f", GPU {details['gpus']}" if details.get("gpus") else ""
+        return Status("running", f"on {details.get('host', '?')}{gpus}", details)
     state = details.get("state")
     if state is None:
         return Status("waiting")

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import json
+import os
 import re
 import signal
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -22,6 +25,7 @@ from tqdm import tqdm
 from repro.config import parse_config
 from repro.errors import Interrupted, UserError, run_main
 from repro.sweep.cell import Canonical, Cell, canonical, read_cells
+from repro.sweep.devices import Devices
 from repro.sweep.launch import Attempt, Launcher, LocalLauncher, SlurmLauncher, look
 from repro.sweep.runner import remove_leftovers
 from repro.sweep.status import State, Status, is_held, last_line, status
@@ -41,9 +45,17 @@ class Config:
     cluster: Literal["local", "slurm"] = "local"
     """local: child processes on this machine; slurm: job arrays, through submitit."""
     records: list[str] | str = field(default_factory=list)
-    """A folder or file of records, several as `--records '[a, b]'`: a cell whose command has a record there is done."""
+    """Folders or files of records: a cell whose command has a record there is done."""
+    gpus: str = ""
+    """GPUs of this machine, as CUDA_VISIBLE_DEVICES names them (`0,1,2,3`); default $GPUS. A cell gets its own."""
+    gpus_per_cell: int | None = None
+    """GPUs of a cell. Unset: here one for each process that torchrun or accelerate starts, on SLURM none."""
+    share_gpus: bool = False
+    """Cells may share GPUs, which they then get in turn."""
     dry_run: bool = False
-    """Print the plan (state and command of every cell) and run nothing."""
+    """Print the plan (state and command of every cell, and the hours that it takes) and run nothing."""
+    hours_per_cell: float | None = None
+    """For the plan: hours of a cell that no record of the same settings (but for the seed) tells."""
     status: bool = False
     """Print what is done, running, waiting and failed, from the records and the queue, and run nothing."""
     partition: str | None = None
@@ -52,8 +64,6 @@ class Config:
     """SLURM account to charge; the user's default when left out."""
     time: int = 240
     """SLURM time limit of a cell in minutes; a cell that needs longer saves, and is queued again."""
-    gpus: int = 0
-    """GPUs of a cell on SLURM."""
     cpus: int = 1
     """Cores of a cell on SLURM, which become its threads."""
     mem_gb: float | None = None
@@ -71,21 +81,32 @@ class Config:
         for name in ("jobs", "time", "cpus"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if self.gpus < 0 or self.signal_delay < 0 or self.poll_seconds <= 0:
-            raise ValueError("--gpus and --signal_delay must not be negative, --poll_seconds must be positive")
+        for name in ("gpus_per_cell", "hours_per_cell"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"--{name} {value}: must be positive")
+        if self.signal_delay < 0 or self.poll_seconds <= 0:
+            raise ValueError("--signal_delay must not be negative, --poll_seconds must be positive")
+        if self.cluster == "slurm" and (self.gpus or self.share_gpus):
+            raise ValueError("--gpus and --share_gpus are about this machine; on SLURM a cell gets --gpus_per_cell N")
+        if self.share_gpus and not self.gpu_names():
+            raise ValueError("--share_gpus: which? name them in --gpus")
+
+    def gpu_names(self) -> str:
+        """The GPUs of this machine that cells may use, separated by commas."""
+        return self.gpus or os.environ.get("GPUS", "")
 
 
 def make_launcher(config: Config) -> Launcher:
     """The launcher that `--cluster` asks for."""
     folder = Path(config.results) / ".submitit"
     if config.cluster == "local":
-        return LocalLauncher(config.jobs)
+        return LocalLauncher(config.jobs, Devices(config.gpu_names(), config.share_gpus), config.gpus_per_cell)
     parameters: dict[str, Any] = {
         "job_name": Path(config.results).name[:40],
         "partition": config.partition,
         "account": config.account,
         "time": config.time,
-        "gpus_per_node": config.gpus or None,
+        "gpus_per_node": config.gpus_per_cell,
         "cpus_per_task": config.cpus,
         "mem": f"{int(config.mem_gb * 1024)}M" if config.mem_gb else None,
         "signal_delay_s": config.signal_delay,
@@ -163,8 +184,11 @@ class Sweep:
                 chosen.append(cell)
         if chosen:
             self._starting = True
-            self._running += self.launcher.start(chosen)
+            attempts = self.launcher.start(chosen)
             self._starting = False
+            self._running += attempts
+            started = {attempt.cell.line for attempt in attempts}
+            self._waiting.extendleft(cell for cell in reversed(chosen) if cell.line not in started)
             if self._stop is not None:
                 raise KeyboardInterrupt
 
@@ -183,8 +207,8 @@ class Sweep:
         return 1
 
 
-def recorded(cells: list[Cell], places: list[str] | str) -> dict[str, Status]:
-    """Line → status "done", for the cells whose command stands in a record of `places`.
+def read_records(places: list[str] | str) -> dict[Canonical, tuple[str, float | None]]:
+    """Command → (where its record stands, its seconds), for all records of `places`.
 
     Raises:
         UserError: a place without records, or a damaged one.
@@ -193,14 +217,47 @@ def recorded(cells: list[Cell], places: list[str] | str) -> dict[str, Status]:
         return {}
     from repro.report.records import iterate_records  # pandas is needed for this alone
 
-    known: dict[Canonical, str] = {}
+    known: dict[Canonical, tuple[str, float | None]] = {}
     for where, record in iterate_records(places, as_written=True):
         # A record of a command for several seeds stands for its own.
         command = re.sub(r"--seeds[ =]\S+", f"--seed {record.get('seed')}", str(record.get("command", "")))
         with contextlib.suppress(ValueError):
-            known[canonical(command)] = where
+            known[canonical(command)] = where, record.get("seconds")
+    return known
+
+
+def recorded(cells: list[Cell], places: list[str] | str) -> dict[str, Status]:
+    """Line → status "done", for the cells whose command stands in a record of `places`."""
+    known = read_records(places)
     found = {cell.line: known.get(canonical(cell.line)) for cell in cells}
-    return {line: Status("done", f"recorded in {where}") for line, where in found.items() if where}
+    return {line: Status("done", f"recorded in {record[0]}") for line, record in found.items() if record}
+
+
+def estimate(cells: list[Cell], todo: list[Cell], config: Config) -> str:
+    """The hours of a plan: each cell's are the median of the recorded ones with its settings, whatever their seed."""
+
+    def settings(command: Canonical) -> Canonical:
+        return command[0], frozenset(flag for flag in command[1] if flag[0] != "seed")
+
+    taken: dict[Canonical, list[float]] = collections.defaultdict(list)
+    for command, (_, seconds) in read_records(config.records).items():
+        taken[settings(command)] += [seconds] if seconds else []
+    for cell in cells:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            seconds = json.loads((cell.folder / "record.json").read_text(encoding="utf-8"))["seconds"]
+            taken[settings(canonical(cell.line))].append(float(seconds))
+    measured = [taken[key] for cell in todo if taken[key := settings(canonical(cell.line))]]
+    hours = sum(statistics.median(seconds) for seconds in measured) / 3600
+    rest = len(todo) - len(measured)
+    parts = [f"{hours:.2g} h for {len(measured)} cells, by the records of their settings"] if measured else []
+    if rest and config.hours_per_cell:
+        hours += rest * config.hours_per_cell
+        parts.append(f"{rest * config.hours_per_cell:.2g} h for {rest} cells, by --hours_per_cell")
+    elif rest:
+        parts.append(f"unknown for {rest} cells: no record has their settings, and --hours_per_cell is not given")
+    if hours:
+        parts.append(f"{hours / config.jobs:.2g} h with {config.jobs} side by side")
+    return "time: " + "; ".join(parts)
 
 
 def show(cells: list[Cell], results: Path, known: dict[str, Status]) -> None:
@@ -249,10 +306,15 @@ def main(argv: list[str] | None = None) -> int:
     states = {cell.line: status(cell) for cell in cells} | known
     todo = [cell for cell in cells if states[cell.line].state != "done"]
     print(f"{len(cells)} cells, {len(cells) - len(todo)} done, {len(todo)} to run", file=sys.stderr)
+    launcher = make_launcher(config)
+    if isinstance(launcher, LocalLauncher):
+        launcher.check(todo)
     if config.dry_run:
         for cell in cells:
             where = known[cell.line].message if cell.line in known else cell.folder
             print(f"{states[cell.line].state:<11} {where}  {cell.line}")
+        if todo:
+            print(estimate(cells, todo, config), file=sys.stderr)
         return 0
     try:
         results.mkdir(parents=True, exist_ok=True)
@@ -264,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
     if not todo:
         return 0
     began = time.monotonic()
-    sweep = Sweep(todo, make_launcher(config))
+    sweep = Sweep(todo, launcher)
     sweep.run(len(cells), len(cells) - len(todo))
     return _report(sweep, time.monotonic() - began, config.jobs)
 

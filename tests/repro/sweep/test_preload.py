@@ -67,9 +67,11 @@ class Probe:
         told = ["--seen", str(self.folder / name), "--imported", str(self.imported), *(["--do", do] if do else [])]
         return [sys.executable, *flags, "-m", "probe", *told]
 
-    def fork(self, preloader: Preloader, *flags: str, do: str = "") -> preload.ForkedProcess | None:
+    def fork(
+        self, preloader: Preloader, *flags: str, do: str = "", own: dict[str, str] | None = None
+    ) -> preload.ForkedProcess | None:
         with open(self.folder / "log.txt", "wb") as log, open(self.folder / "sweep.lock", "a") as lock:
-            return preloader.start(self.command(*flags, do=do), self.environment, log, lock)
+            return preloader.start(self.command(*flags, do=do), self.environment, log, [lock.fileno()], own or {})
 
     def fresh(self, *flags: str, do: str = "") -> int:
         with open(self.folder / "log.txt", "wb") as log, open(self.folder / "sweep.lock", "a") as lock:
@@ -112,6 +114,16 @@ def test_a_forked_cell_sees_what_a_fresh_one_sees(probe: Probe, preloader: Prelo
     assert json.loads(fresh[0]) == json.loads(probe.outcome()[0])
     assert sorted(fresh[1].split()) == sorted(probe.outcome()[1].split()) == ["err", "out"]
     assert json.loads(fresh[0])["held"].count("sweep.lock") == 1
+
+
+def test_each_forked_cell_has_its_own_gpus(probe: Probe, preloader: Preloader) -> None:
+    """The server sees all devices; what a cell sees is decided when it is forked."""
+    seen = []
+    for own in ({"CUDA_VISIBLE_DEVICES": "gpu-a"}, {"CUDA_VISIBLE_DEVICES": "gpu-b,gpu-c"}, {}):
+        found = probe.fork(preloader, own=own)
+        assert found is not None and ended(found) == 0
+        seen.append(json.loads(probe.outcome()[0])["environ"].get("CUDA_VISIBLE_DEVICES"))
+    assert seen == ["gpu-a", "gpu-b,gpu-c", os.environ.get("CUDA_VISIBLE_DEVICES")]
 
 
 @pytest.mark.parametrize("do", ["raise", "text", "kill", "3", "300"])
