@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -69,7 +70,7 @@ def forked(body: Callable[[], object], out: Path | int, keep: tuple[int, ...] = 
         os._exit(code)
 
 
-def wait(pid: int, seconds: float = 60) -> int:
+def wait(pid: int, seconds: float = 300) -> int:
     """Exit code of a child, as subprocess tells it (negative: a signal)."""
     deadline = time.monotonic() + seconds
     while True:
@@ -147,11 +148,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def tiny(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> SimpleNamespace:
     """The tools of this file, for the tests."""
     # What is loaded here need not be loaded in each child.
     parse_config(sweep.Config, ["--results", "x"], prog="warm up")
     experiment(Config(output_dir=str(tmp_path_factory.mktemp("warm")), steps=1))
+    gc.collect()
+    gc.freeze()  # children, servers among them, would copy all of this process's memory to search it for garbage
+    request.addfinalizer(gc.unfreeze)
     return SimpleNamespace(
         Config=lambda folder, **settings: Config(output_dir=folder, **settings),
         experiment=experiment, forked=forked, wait=wait, start_sweep=start_sweep, lines=sweep_lines,
