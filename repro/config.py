@@ -112,6 +112,12 @@ def _spellings(field: dataclasses.Field[Any]) -> tuple[str, ...]:
     return (field.name, *field.metadata.get("aliases", ()))
 
 
+class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        text = str(super()._format_action_invocation(action))
+        return re.sub(r", --\w+\+ \w+", " ...", text)  # `--list+ WORD` appends; `--list WORD ...` is one way enough
+
+
 def build_parser(cls: type, *, prog: str, description: str = "") -> jsonargparse.ArgumentParser:
     """A parser with one flag per field of dataclass `cls`, in a group for each class that `cls` inherits.
 
@@ -125,8 +131,9 @@ def build_parser(cls: type, *, prog: str, description: str = "") -> jsonargparse
         if field.default is field.default_factory is dataclasses.MISSING
     )
     parser = jsonargparse.ArgumentParser(
-        prog=prog, usage=f"{_runnable(prog)}{required} [--FLAG VALUE ...]", description=description, exit_on_error=False
-    )
+        prog=prog, usage=f"{_runnable(prog)}{required} [--FLAG VALUE ...]", description=description,
+        exit_on_error=False, formatter_class=_HelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--config", action="config", help="YAML file of defaults; flags on the command line win")
     hints, texts = typing.get_type_hints(cls), _help_of(cls)
     bases = [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
@@ -233,6 +240,10 @@ def _explain(cls: type, message: str) -> str:
     names += [f"no_{name}" for name in names if bool in _kinds(hints.get(name))]
     if found := re.search(r"[Uu]nrecognized arguments: --([^\s=]+)", message):
         return f"unknown flag --{found[1]}{_suggestion(found[1], names, '--')}"
+    if found := re.search(r"[Uu]nrecognized arguments: (.+)", message):
+        return f"{found[1]!r} belongs to no flag"
+    if found := re.search(r"arguments are required: (.+)", message):
+        return f"missing: --{found[1].replace(', ', ', --')}"
     if found := re.search(r"Option '(.+)' is not accepted", message):
         return f"unknown key {found[1]!r}{_suggestion(found[1], names)}"
     found = re.search(r'Parser key "(\w+)":.*\b(?:Got|Given) value: (.*)', message, re.DOTALL)

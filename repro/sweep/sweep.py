@@ -34,8 +34,30 @@ PLAN = "sweep.txt"
 LOST = ("interrupted", "cancelled", "failed")  # states that are explained by the log's last line
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class SlurmOptions:
+    """Settings of `--cluster slurm`."""
+
+    partition: str | None = None
+    """Partition; the cluster's default when left out."""
+    account: str | None = None
+    """Account to charge; the user's default when left out."""
+    time: int = 240
+    """Time limit of a cell in minutes; a cell that needs longer saves, and is queued again."""
+    cpus: int = 1
+    """Cores of a cell, which become its threads."""
+    mem_gb: float | None = None
+    """Memory of a cell in GB; the cluster's default when left out."""
+    signal_delay: int = 90
+    """Seconds before the time limit at which a cell is asked to save."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """More sbatch options, as a mapping: `--extra '{"qos": "high", "constraint": "a100"}'`."""
+    poll_seconds: float = 5.0
+    """Seconds between two looks at the queue."""
+
+
+@dataclass(kw_only=True)
+class Config(SlurmOptions):
     """Settings of a sweep; also the keys of a `--config sweep.yaml`."""
 
     results: str
@@ -58,22 +80,6 @@ class Config:
     """For the plan: hours of a cell that no record of the same settings (but for the seed) tells."""
     status: bool = False
     """Print what is done, running, waiting and failed, from the records and the queue, and run nothing."""
-    partition: str | None = None
-    """SLURM partition; the cluster's default when left out."""
-    account: str | None = None
-    """SLURM account to charge; the user's default when left out."""
-    time: int = 240
-    """SLURM time limit of a cell in minutes; a cell that needs longer saves, and is queued again."""
-    cpus: int = 1
-    """Cores of a cell on SLURM, which become its threads."""
-    mem_gb: float | None = None
-    """Memory of a cell on SLURM in GB; the cluster's default when left out."""
-    signal_delay: int = 90
-    """Seconds before the SLURM time limit at which a cell is asked to save."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """More sbatch options, as a mapping: `--extra '{"qos": "high", "constraint": "a100"}'`."""
-    poll_seconds: float = 5.0
-    """Seconds between two looks at the SLURM queue."""
 
     def __post_init__(self) -> None:
         if not self.results:
@@ -96,11 +102,17 @@ class Config:
         return self.gpus or os.environ.get("GPUS", "")
 
 
-def make_launcher(config: Config) -> Launcher:
-    """The launcher that `--cluster` asks for."""
+def make_launcher(config: Config, cells: list[Cell]) -> Launcher:
+    """The launcher that `--cluster` asks for.
+
+    Raises:
+        UserError: SLURM or submitit is missing, or a cell needs more GPUs than there are.
+    """
     folder = Path(config.results) / ".submitit"
     if config.cluster == "local":
-        return LocalLauncher(config.jobs, Devices(config.gpu_names(), config.share_gpus), config.gpus_per_cell)
+        local = LocalLauncher(config.jobs, Devices(config.gpu_names(), config.share_gpus), config.gpus_per_cell)
+        local.check(cells)
+        return local
     parameters: dict[str, Any] = {
         "job_name": Path(config.results).name[:40],
         "partition": config.partition,
@@ -126,6 +138,7 @@ class Sweep:
         self._waiting = collections.deque(cells)
         self._running: list[Attempt] = []
         self._starting = False
+        self._noted = False
         self._stop: int | None = None
 
     def run(self, total: int, done: int) -> None:
@@ -189,6 +202,9 @@ class Sweep:
             self._running += attempts
             started = {attempt.cell.line for attempt in attempts}
             self._waiting.extendleft(cell for cell in reversed(chosen) if cell.line not in started)
+            if not self._running and not self._noted:
+                self._noted = True
+                print("note: other cells have the GPUs (--share_gpus shares them); waiting", file=sys.stderr)
             if self._stop is not None:
                 raise KeyboardInterrupt
 
@@ -306,9 +322,6 @@ def main(argv: list[str] | None = None) -> int:
     states = {cell.line: status(cell) for cell in cells} | known
     todo = [cell for cell in cells if states[cell.line].state != "done"]
     print(f"{len(cells)} cells, {len(cells) - len(todo)} done, {len(todo)} to run", file=sys.stderr)
-    launcher = make_launcher(config)
-    if isinstance(launcher, LocalLauncher):
-        launcher.check(todo)
     if config.dry_run:
         for cell in cells:
             where = known[cell.line].message if cell.line in known else cell.folder
@@ -316,6 +329,7 @@ def main(argv: list[str] | None = None) -> int:
         if todo:
             print(estimate(cells, todo, config), file=sys.stderr)
         return 0
+    launcher = make_launcher(config, todo) if todo else None
     try:
         results.mkdir(parents=True, exist_ok=True)
         _remember(results, [cell for cell in cells if cell.line not in known])
@@ -323,7 +337,7 @@ def main(argv: list[str] | None = None) -> int:
             remove_leftovers(cell.folder)
     except OSError as error:
         raise UserError(f"--results {results}: cannot be written ({error.strerror})") from error
-    if not todo:
+    if launcher is None:
         return 0
     began = time.monotonic()
     sweep = Sweep(todo, launcher)

@@ -123,7 +123,7 @@ def test_a_bad_flag_is_named_in_one_line(words, named):
 
 
 def test_a_missing_required_flag_is_named():
-    with pytest.raises(UserError, match="output_dir"):
+    with pytest.raises(UserError, match="test: missing: --output_dir"):
         parse_config(Config, [], prog="test")
 
 
@@ -226,6 +226,7 @@ def command(python: str, *words: str) -> tuple[int, str, str]:
         ("--data coar", "; did you mean cora? (see python -m gnn.main --help)"),
         ("--nlayers 4", "unknown flag --nlayers; did you mean --nlayer?"),
         ("--no_identiy", "unknown flag --no_identiy; did you mean --no_identity?"),
+        ("--epochs 3 cora", "'cora' belongs to no flag"),
         ("--scale big", "--scale big: must be a number or null"),
         ("--data digits --data_root nowhere", "--data_root nowhere: no such folder"),
     ],
@@ -308,3 +309,10 @@ def test_a_list_of_numbers_takes_no_words() -> None:
         parse_config(Lists, ["--depths", "2", "four"], prog="p")
     with pytest.raises(UserError, match="--depths"):
         parse_config(Lists, ["--depths"], prog="p")
+
+
+def test_a_list_has_one_line_of_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(Lists, ["--help"], prog="p")
+    told = capsys.readouterr().out
+    assert "  --depths DEPTHS ...\n" in told and "+" not in told

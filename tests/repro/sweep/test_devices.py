@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,14 @@ def test_two_sweeps_on_one_machine_never_share(lines: Any, tmp_path: Path) -> No
             ))  # fmt: skip
     assert [process.wait(timeout=250) for process in sweeps] == [0, 0]
     assert len(list(tmp_path.glob("results/*/*/span.json"))) == 6 and not overlaps(tmp_path / "results")
+
+
+def test_waiting_for_the_gpus_of_others_is_said_once(lines: Any, run_sweep: Any, capsys: Any) -> None:
+    lent = Devices("0").lend(1)
+    assert lent is not None
+    threading.Timer(0.5, lent.close).start()
+    assert run_sweep(lines(2), "--gpus", "0") == 0
+    assert capsys.readouterr().err.count("note: other cells have the GPUs") == 1
 
 
 def test_a_gpu_is_free_again_when_its_holder_is_gone() -> None:
