@@ -115,7 +115,9 @@ def _spellings(field: dataclasses.Field[Any]) -> tuple[str, ...]:
 class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         text = str(super()._format_action_invocation(action))
-        return re.sub(r", --\w+\+ \w+", " ...", text)  # `--list+ WORD` appends; `--list WORD ...` is one way enough
+        if f"--{action.dest}+" in text:  # `--list+ WORD` appends; `--list WORD ...` is one way enough
+            text = f"--{action.dest} {action.dest.upper()} ..."
+        return text
 
 
 def build_parser(cls: type, *, prog: str, description: str = "") -> jsonargparse.ArgumentParser:

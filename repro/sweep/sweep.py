@@ -198,8 +198,8 @@ class Sweep:
         if chosen:
             self._starting = True
             attempts = self.launcher.start(chosen)
-            self._starting = False
             self._running += attempts
+            self._starting = False
             started = {attempt.cell.line for attempt in attempts}
             self._waiting.extendleft(cell for cell in reversed(chosen) if cell.line not in started)
             if not self._running and not self._noted:

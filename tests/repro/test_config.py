@@ -315,4 +315,4 @@ def test_a_list_has_one_line_of_help(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         parse_config(Lists, ["--help"], prog="p")
     told = capsys.readouterr().out
-    assert "  --depths DEPTHS ...\n" in told and "+" not in told
+    assert "  --depths DEPTHS ... " in told and "+" not in told
