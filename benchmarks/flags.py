@@ -16,8 +16,9 @@ import pandas as pd
 from benchmarks.table import markdown
 from repro.config import parse_config
 from repro.errors import UserError, run_main
+from repro.report.cells import show
 from repro.report.records import iterate_records
-from repro.report.tables import p_value, show
+from repro.report.stats import welch
 
 # The value with which each speed flag does nothing.
 OFF: dict[str, Any] = {
@@ -73,7 +74,7 @@ def compare(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             line: dict[str, Any] = {"experiment": experiment, "flags": flags or "all off"}
             line |= {"metric": METRICS[str(experiment)], "mean ± std (n), %": show(*spreads[0])}
             if flags:
-                p = p_value(*spreads)
+                p = welch(*spreads)
                 line["difference"] = f"{(values.mean() - slow.mean()) * 100:+.2f}"
                 line["p (Welch)"] = None if p is None or math.isnan(p) else f"{p:.2g}"
                 same = int((values == slow.reindex(values.index)).sum())

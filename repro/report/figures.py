@@ -20,8 +20,8 @@ from matplotlib.ticker import MaxNLocator
 
 from repro.config import parse_config
 from repro.errors import UserError, run_main
+from repro.report.cells import aggregate, ordered_labels, select_runs, split_names, text_of
 from repro.report.records import find_records, load_records, records_flag
-from repro.report.tables import aggregate, ordered_labels, select_runs, split_names, text_of
 
 # Okabe and Ito's palette, told apart also without colour vision; markers and dashes say the same once more.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")

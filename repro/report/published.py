@@ -19,6 +19,7 @@ KINDS = {
 }
 _GROUP_KEYS = {"source", "kind", "match", "by", "cells", "metric", "n", "note", "inference"}
 _CELL_KEYS = {"method", "values", "note", "inference"}
+METHOD = "ContraNorm"  # the start of the names of the rows that the published numbers are about
 BEST_SCALE = "the source gives one number for ContraNorm, at a scale that it chose"
 
 
@@ -38,6 +39,11 @@ class Entry:
     std: float | None = None
     n: int | None = None
     note: str = ""
+
+    @property
+    def place(self) -> tuple[str, tuple[tuple[str, Any], ...]]:
+        """Metric and matched columns but the method: what numbers that can be ranked against each other share."""
+        return self.metric, tuple(sorted((name, value) for name, value in self.match.items() if name != "method"))
 
     def fits(self, cell: Mapping[Any, Any]) -> bool:
         """True when the number belongs to this cell: every matched column is known there and equal."""

@@ -8,14 +8,14 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import stats
 
 from repro.errors import UserError
 from repro.report import published, tables
+from repro.report.cells import aggregate
 from repro.report.records import load_records
-from repro.report.tables import Config, aggregate, build, p_value
+from repro.report.stats import Summary, welch
+from repro.report.tables import Config, build
 
 GNN = {"model": "DeepGCN", "hid": 32, "epochs": 200, "extra": {"experiment": "gnn"}}
 CONTRANORM = {"method": "ContraNorm s=1 + LayerNorm", "order": [10, 0, 1, 1], "scale": 1.0}
@@ -47,23 +47,6 @@ def cells_of(text):
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.floats(0, 1), min_size=2, max_size=6), st.lists(st.floats(0, 1), min_size=2, max_size=6))
-def test_p_values_are_welch_s_on_the_raw_numbers(a, b):
-    if np.std(a) < 1e-3 or np.std(b) < 1e-3:
-        return  # rounding, not statistics
-    summaries = [(float(np.mean(x)), float(np.std(x, ddof=1)), len(x)) for x in (a, b)]
-    expected = stats.ttest_ind(a, b, equal_var=False).pvalue
-    assert p_value(*summaries) == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    "other", [(0.5, None, 5), (0.5, 0.1, None), (0.5, float("nan"), 5), (0.5, 0.1, 1), (0.5, 0.0, 5)]
-)
-def test_there_is_no_p_value_without_a_spread_on_both_sides(other):
-    assert p_value((0.4, 0.1, 5), other) is None and p_value(other, (0.4, 0.1, 5)) is None
-    assert p_value((0.4, 0.0, 5), (0.4, 0.0, 5)) is None
 
 
 def test_mean_std_and_n_of_each_cell(write_records, table):
@@ -246,7 +229,7 @@ def test_table_3_sets_the_reference_code_beside_ours(write_records, table):
         e for e in published.load_entries()
         if e.kind == "reference-run" and e.match["method"] == [CONTRANORM["method"]] and e.match["depth"] == 8
     ]  # fmt: skip
-    p = p_value((np.mean(ours), np.std(ours, ddof=1), 3), (entry.mean, entry.std, entry.n))
+    p = welch(Summary(np.mean(ours), np.std(ours, ddof=1), 3), Summary(entry.mean, entry.std, entry.n))
     assert "74.30 ± 0.31 (5)" in line and "74.50 ± 0.50 (3)" in line and "+0.20" in line and f"{p:.2g}" in line
     assert "dblp" not in text.split("reference code as run")[1]
     write_records(ours, data="cora", depth=8, **GNN, **CONTRANORM, protocol="standard", folder="standard")
@@ -328,7 +311,8 @@ def test_a_cell_without_a_published_score_shows_the_metric_that_was_published(wr
     assert [(r["data"], r["metric"], r["re-run by others"], r["ours"], r["difference"]) for r in rows] == [
         ("rte", "accuracy", "78.70 †", "70.00 (1)", "-8.70"), ("mrpc", "f1", "92.83 †", "91.00 ± 1.41 (2)", "-1.83")
     ]  # fmt: skip
-    assert "published" not in rows[0] and "p (Welch)" not in rows[0]
+    assert "published" not in rows[0]
+    assert [(r["p"], r["agrees"]) for r in rows] == [("", ""), ("0.42", "yes")]  # one run decides nothing
 
 
 def test_an_average_over_fewer_tasks_says_so_and_has_no_published_number_beside_it(write_records, table):
@@ -388,3 +372,59 @@ def test_the_text_is_the_same_each_time(write_records):
     folder = write_records([0.5, 0.6], data="cora")
     config = Config(records=folder, rows="data", metric="test_accuracy")
     assert build(config, []) == build(config, [])
+
+
+# -- against a row of our own ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def paired(write_records):
+    """vanilla, a method that is better by a nearly constant amount, and one that has other seeds; two depths."""
+    base, better = [0.50, 0.60, 0.70, 0.80], [0.531, 0.629, 0.732, 0.828]
+    for depth in (2, 4):
+        for method, values, order in (("vanilla", base, 0), ("ContraNorm", better, 1)):
+            write_records(values, data="cora", method=method, depth=depth, order=[order])
+        folder = write_records(base, seeds=[10, 11, 12, 13], data="cora", method="other", depth=depth, order=[2])
+    return folder, base, better
+
+
+def test_methods_are_compared_with_a_row_of_the_table_by_seed(paired, table):
+    folder, base, better = paired
+    text = table(folder, "--columns", "depth", "--against", "vanilla", rows="data,method")
+    p = stats.ttest_rel(better, base).pvalue
+    contra, other = cells_of(text)
+    shown = f"+3.00 (4), p {4 * p:.2g}"  # Holm over the four cells
+    assert contra == {"data": "cora", "method": "ContraNorm", "depth 2": shown, "depth 4": shown}
+    assert other["depth 2"] == "+0.00 (4, unpaired), p 1"
+    assert "difference from vanilla in points (number of pairs), p of the paired t-test" in text
+    assert "- ContraNorm against vanilla: +3.00 points over 2 cells, 95 % bootstrap interval +3.00 to +3.00; " in text
+    assert "better in 2, worse in 0 (p < 0.05 after Holm over 4 cells)" in text
+    sentence = table(folder, "--columns", "depth", "--against", "vanilla", "--show", "sentence", rows="data,method")
+    assert sentence.startswith("ContraNorm against vanilla: +3.00 points") and sentence.count("against") == 1
+    ranks = table(folder, "--columns", "depth", "--against", "vanilla", "--test", "wilcoxon", rows="data,method")
+    assert cells_of(ranks)[0]["depth 2"] == "+3.00 (4), p 0.25" and "Wilcoxon" in ranks
+    assert cells_of(ranks)[1]["depth 2"].endswith("p —")
+
+
+def test_equivalence_within_a_margin(paired, table):
+    folder, *_ = paired
+    for margin, within in (("0.05", 2), ("0.02", 0)):
+        text = table(
+            folder, "--columns", "depth", "--against", "method=vanilla", "--margin", margin, rows="data,method"
+        )
+        assert f"within {margin} in {within}" in text and f"equivalence within {margin} (TOST)" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--against", "nobody"], "--against nobody: no such row"),
+        (["--against", "depth=9"], "no such row"),
+        (["--margin", "0.02"], "--margin needs --against"),
+        (["--against", "vanilla", "--margin", "0"], "larger than 0"),
+        (["--against", "vanilla", "--where", "{method: vanilla}"], "no other row has a cell in common"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(paired, table, flags, told):
+    with pytest.raises(UserError, match=told):
+        table(paired[0], "--columns", "depth", *flags, rows="data,method")

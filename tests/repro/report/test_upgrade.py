@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from repro.errors import UserError
+from repro.report.cells import aggregate
 from repro.report.records import iterate_records, load_records
-from repro.report.tables import aggregate
 from repro.report.upgrade import SCHEMA, upgrade
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -1,0 +1,149 @@
+"""Published cells against ours: which agree by one stated rule, and where the published order is reversed.
+
+A published cell that several of our rows answer to (ContraNorm at any scale) is compared with the row that bears its
+name, else with that of the highest validation metric, never with the nearest one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from repro.report.cells import show, signed, text_of
+from repro.report.published import METHOD, Entry
+from repro.report.stats import FLOOR, Summary, agreement
+
+RULE = (
+    "a published cell agrees when it lies within the 95 % interval of the difference of two means of one experiment, "
+    "t·√(s²/n + s'²/n') around ours, with our s where none is published, and our n likewise; "
+    f"the interval is at least ± {FLOOR * 100:g} points wide, as collapsed cells have no spread. "
+    "One in twenty cells would fall outside by chance"
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One published cell, and ours.
+
+    Attributes:
+        entry: the published number.
+        cell: ours that was compared, None when it has not been run.
+        p: of the difference, None without a spread.
+        agrees: by RULE; None with fewer than two runs of ours.
+        also: methods of the other rows that answer to the published cell and agree.
+        reversed: published methods that stand on the other side of ContraNorm here.
+    """
+
+    entry: Entry
+    cell: Mapping[Any, Any] | None
+    p: float | None = None
+    agrees: bool | None = None
+    also: tuple[str, ...] = ()
+    reversed: tuple[str, ...] = ()
+
+
+def summary(cell: Mapping[Any, Any]) -> Summary:
+    """Mean, standard deviation and n of a cell."""
+    return Summary(float(cell["mean"]), float(cell["std"]), int(cell["n"]))
+
+
+def agrees(cell: Mapping[Any, Any], entry: Entry) -> tuple[float | None, bool | None]:
+    """P of the difference, and whether the cell agrees by RULE."""
+    p, half = agreement(summary(cell), Summary(entry.mean, entry.std, entry.n))
+    return p, None if half is None else bool(abs(cell["mean"] - entry.mean) <= half)
+
+
+def judge(tables: Mapping[str, pd.DataFrame], entries: list[Entry]) -> list[Verdict]:
+    """One verdict per published number; `tables` holds our cells by metric."""
+    known = {metric: cells.to_dict("records") for metric, cells in tables.items()}
+    found = []
+    for entry in entries:
+        fitting = [cell for cell in known.get(entry.metric, ()) if entry.fits(cell)]
+        if not fitting:
+            found.append(Verdict(entry, None))
+            continue
+        named = [cell for cell in fitting if cell["method"] in entry.match["method"]]
+        cell = max(named or fitting, key=lambda cell: _validation(cell, entry.metric))
+        others = [other for other in fitting if other is not cell and agrees(other, entry)[1]]
+        found.append(Verdict(entry, cell, *agrees(cell, entry), also=tuple(str(other["method"]) for other in others)))
+    return [Verdict(v.entry, v.cell, v.p, v.agrees, v.also, tuple(_reversed(v, found))) if v.cell else v for v in found]
+
+
+def _validation(cell: Mapping[Any, Any], metric: str) -> float:
+    """What a choice among rows goes by; a metric of a validation set is its own."""
+    runs = cell.get("runs")
+    if isinstance(runs, pd.DataFrame) and "metrics.validation_accuracy" in runs:
+        return float(runs["metrics.validation_accuracy"].mean())
+    return 0.0 if "test" in metric else float(cell["mean"])
+
+
+def _reversed(verdict: Verdict, verdicts: list[Verdict]) -> list[str]:
+    """Methods published beside ContraNorm whose mean is below its own there and above here, or the other way round."""
+    mine = verdict.entry
+    if not any(method.startswith(METHOD) for method in mine.match["method"]):
+        return []
+    beside = [
+        v
+        for v in verdicts
+        if v.cell and v is not verdict and v.entry.place == mine.place and v.entry.source == mine.source
+    ]
+    return [
+        str(v.entry.match["method"][0])
+        for v in beside
+        if v.cell and verdict.cell and (mine.mean - v.entry.mean) * (verdict.cell["mean"] - v.cell["mean"]) < 0
+    ]
+
+
+def agreement_table(verdicts: list[Verdict], percent: bool) -> pd.DataFrame:
+    """The published cells that do not agree, or whose order is reversed here."""
+    rows = []
+    for v in verdicts:
+        if not v.cell or (v.agrees is not False and not v.reversed):
+            continue
+        ours, place = v.cell["mean"], dict(v.entry.place[1])
+        rows.append(
+            {
+                "data": place.get("data", ""),
+                "depth": text_of(v.cell.get("depth")),
+                "published row": str(v.entry.match["method"][0]),
+                "published": show(v.entry.mean, v.entry.std, v.entry.n, percent),
+                "ours": show(ours, v.cell["std"], v.cell["n"], percent),
+                "our row": str(v.cell["method"]),
+                "difference": signed(ours - v.entry.mean, percent),
+                "p": "" if v.p is None else f"{v.p:.2g}",
+                "agrees": {True: "yes", False: "no", None: ""}[v.agrees],
+                "rows that agree": ", ".join(v.also),
+                "order reversed to": ", ".join(v.reversed),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def agreement_sentence(verdicts: list[Verdict], title: str) -> str:
+    """How many published cells of one kind have been run, agree, and contradict the published order."""
+    run = [v for v in verdicts if v.cell]
+    decided = [v for v in run if v.agrees is not None]
+    differ = [v for v in decided if not v.agrees]
+    text = f"Of {len(verdicts)} cells {title}, {len(run)} have been run here"
+    if decided:
+        text += f"; of {len(decided)} with two runs or more, {len(decided) - len(differ)} agree"
+    if differ:
+        text += f" and {len(differ)} do not ({_places(differ)})"
+    turned = [v for v in run if v.reversed]
+    if turned:
+        text += f"; in {len(turned)} the published order of {METHOD} and another method is reversed ({_places(turned)})"
+    return text + "."
+
+
+def _places(verdicts: list[Verdict]) -> str:
+    """`cora PN-SI at depth 8, 16; ...`."""
+    groups: dict[str, list[str]] = {}
+    for v in verdicts:
+        place = dict(v.entry.place[1])
+        depth = place.get("depth")
+        name = " ".join(filter(None, [str(place.get("data", "")), str(v.entry.match["method"][0])]))
+        groups.setdefault(name, []).extend([] if depth is None else [str(depth)])
+    return "; ".join(name + (f" at depth {', '.join(depths)}" if depths else "") for name, depths in groups.items())

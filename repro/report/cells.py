@@ -1,0 +1,183 @@
+"""Runs become cells: chosen, averaged over seeds and splits, ordered as tables and figures list them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from repro.errors import UserError
+from repro.report.records import CELL_FIELDS
+
+# What tells the runs of one cell apart: it is averaged over all of them. Graphs with ten splits have runs of each.
+REPLICATES = ("seed", "split")
+AVERAGE = "average"  # column name; also how paper.yaml names a mean over tasks
+
+
+def split_names(text: str | None) -> list[str]:
+    """The names of a comma-separated list."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def select_runs(frame: pd.DataFrame, where: dict[str, str]) -> pd.DataFrame:
+    """The runs whose fields have these values; a UserError where that leaves none."""
+    for name, wanted in where.items():
+        if name not in frame:
+            raise UserError(f"--where {name}: no field of these records")
+        frame = frame[frame[name].map(str) == str(wanted)]
+    if frame.empty:
+        raise UserError("no record is left after --where")
+    return frame
+
+
+def select_best(frame: pd.DataFrame, keys: list[str], best: str, by: str) -> pd.DataFrame:
+    """Keep, in each group of `keys`, the runs of the value of `best` with the highest mean of metric `by`."""
+    if best not in frame:
+        raise UserError(f"--best {best}: no field of these records")
+    if f"metrics.{by}" not in frame:
+        raise UserError(f"--by {by}: no record has that metric; there are {_metrics(frame)}")
+    kept = []
+    for _, group in frame.groupby(keys, dropna=False, sort=False):
+        values = group[best].map(text_of)
+        means = group.groupby(values, sort=False)[f"metrics.{by}"].agg(lambda numbers: numbers.mean(skipna=False))
+        if means.isna().any():
+            raise UserError(f"--by {by}: some runs have no such metric")
+        kept.append(group[values == means.idxmax()])
+    return pd.concat(kept)
+
+
+def aggregate(frame: pd.DataFrame, keys: list[str], metric: str) -> pd.DataFrame:
+    """Mean, sample standard deviation (NaN for one run) and number of runs per cell; its `runs` and their `values`.
+
+    Raises:
+        UserError: a cell mixes protocols or settings, or holds one seed (of one split) twice with different numbers.
+    """
+    column = f"metrics.{metric}"
+    if column not in frame:
+        raise UserError(f"--metric {metric}: no record has it; there are {_metrics(frame)}")
+    for name in keys:
+        if name not in frame:
+            raise UserError(f"{name}: no field of these records")
+    cells = []
+    for labelled, group in frame.groupby(keys, dropna=False, sort=False):
+        labels = dict(zip(keys, labelled, strict=True))
+        where = ", ".join(f"{k}={v}" for k, v in labels.items())
+        _check_unmixed(group, keys, where)
+        runs = _one_per_replicate(group, column, where)
+        if runs[column].isna().any():
+            path = runs["path"][runs[column].isna()].iloc[0]
+            raise UserError(f"cell {where}: {metric} is missing or not a number in {path}")
+        seeds = replicate(runs)
+        index = pd.Index(seeds.where(seeds.notna(), runs["path"]), tupleize_cols=False)
+        values = pd.Series(runs[column].to_numpy(dtype=float), index=index)
+        cells.append({**group.iloc[0], **labels, **_spread(values), "runs": runs})
+    return pd.DataFrame(cells)
+
+
+def _spread(numbers: pd.Series[Any]) -> dict[str, Any]:
+    return {"mean": numbers.mean(), "std": numbers.std(ddof=1), "n": len(numbers), "values": numbers}
+
+
+def add_average(
+    cells: pd.DataFrame, frame: pd.DataFrame, rows: list[str], columns: str, metric: str, wanted: list[str]
+) -> pd.DataFrame:
+    """The cells, and for each row one more: the mean over `wanted` columns of each replicate's runs, over replicates.
+
+    Where some row lacks one of `wanted`, the column is called `average of a, b`: no published number is of that kind.
+    """
+    groups = list(frame.groupby(rows, dropna=False, sort=False))
+    shared = [w for w in wanted if all((group[columns].astype(str) == w).any() for _, group in groups)]
+    if len(shared) < 2:
+        return cells
+    name = AVERAGE if len(shared) == len(wanted) else f"{AVERAGE} of {', '.join(shared)}"
+    added = []
+    for values, group in groups:
+        part = group[group[columns].astype(str).isin(shared)]
+        part = part.assign(replicate=replicate(part))
+        by_run = part.pivot_table(index="replicate", columns=columns, values=f"metrics.{metric}").dropna().mean(axis=1)
+        if len(by_run):
+            known = {k: part[k].iloc[0] for k in ("protocol", "selection", "experiment", "method", "family", "order")}
+            labels = dict(zip(rows, values, strict=True)) | {columns: name}
+            added.append({**known, **labels, **_spread(by_run)})
+    return pd.concat([cells, pd.DataFrame(added)], ignore_index=True)
+
+
+def _check_unmixed(group: pd.DataFrame, keys: list[str], where: str) -> None:
+    settings = dict.fromkeys(name for names in group["settings"] for name in names)
+    for name in ("protocol", "selection", "experiment", *settings, *reversed(CELL_FIELDS)):
+        values = sorted({text_of(value) or "unset" for value in group[name]})
+        if len(values) > 1 and name not in (*keys, *REPLICATES, "order"):
+            raise UserError(f"cell {where} mixes {name}: {', '.join(values)}; add it to --rows, or choose with --where")
+
+
+def split_of(frame: pd.DataFrame) -> pd.Series[Any]:
+    """Each run's split of the data; one that is not set is the first."""
+    given = frame["split"] if "split" in frame else pd.Series(0, index=frame.index)
+    return pd.to_numeric(given, errors="coerce").fillna(0).astype(int)
+
+
+def replicate(frame: pd.DataFrame) -> pd.Series[Any]:
+    """(seed, split) of each run; None without a seed."""
+    pairs = zip(frame["seed"], split_of(frame), strict=True)
+    return pd.Series([None if pd.isna(seed) else (seed, split) for seed, split in pairs], index=frame.index)
+
+
+def _one_per_replicate(group: pd.DataFrame, column: str, where: str) -> pd.DataFrame:
+    """The same run found twice (say, in two result folders) counts once; two different ones are an error."""
+    runs = replicate(group)
+    if runs.isna().any() or not runs.duplicated().any():
+        return group
+    for (seed, split), same in group[runs.duplicated(keep=False)].groupby(runs):
+        if same[column].nunique() > 1:
+            which = f"seed {seed}" + (f" of split {split}" if "split" in group and group["split"].notna().any() else "")
+            raise UserError(f"cell {where}: {which} is there twice with different numbers: {', '.join(same['path'])}")
+    return group[~runs.duplicated()]
+
+
+def _metrics(frame: pd.DataFrame) -> str:
+    return ", ".join(c.removeprefix("metrics.") for c in frame.columns if c.startswith("metrics.")) or "none"
+
+
+def in_order(cells: pd.DataFrame, rows: list[str], columns: str | None = None) -> pd.DataFrame:
+    """By data and model, then in the methods' own order, then by the other fields."""
+    by = [name for name in (*rows, columns) if name]
+    where = [name for name in by if name in ("data", "model")]
+    cells = cells.reset_index(drop=True)
+    places = [
+        (*(sortable(cell[name]) for name in where), cell["order"], *(sortable(cell[name]) for name in by))
+        for cell in cells.to_dict("records")
+    ]
+    return cells.loc[sorted(range(len(cells)), key=places.__getitem__)]
+
+
+def sortable(value: Any) -> tuple[int, float, str]:
+    """What is not set first, then numbers by size, then texts."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not pd.isna(value):
+        return 1, float(value), ""
+    text = text_of(value)
+    return (2, 0.0, text) if text else (0, 0.0, "")
+
+
+def ordered_labels(cells: pd.DataFrame, label: str) -> list[Any]:
+    """The values of a field in the order in which tables and figures list them."""
+    return list(dict.fromkeys(in_order(cells, [label])[label]))
+
+
+def show(mean: float, std: float | None, n: int | None, percent: bool = True) -> str:
+    """`81.73 ± 0.26 (5)`; what is not known is left out."""
+    factor, digits = (100, 2) if percent else (1, 4)
+    text = f"{mean * factor:.{digits}f}"
+    if std is not None and not pd.isna(std):
+        text += f" ± {std * factor:.{digits}f}"
+    return text if n is None else f"{text} ({int(n)})"
+
+
+def text_of(value: Any) -> str:
+    """A field's value; nothing where it is not set."""
+    return "" if value is None or (isinstance(value, float) and pd.isna(value)) else str(value)
+
+
+def signed(value: float, percent: bool) -> str:
+    """A difference with its sign, in points or as a fraction."""
+    factor, digits = (100, 2) if percent else (1, 4)
+    return f"{round(value * factor, digits) + 0.0:+.{digits}f}"  # no -0.00
