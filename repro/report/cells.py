@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import pandas as pd
@@ -152,7 +153,7 @@ def in_order(cells: pd.DataFrame, rows: list[str], columns: str | None = None) -
 
 def sortable(value: Any) -> tuple[int, float, str]:
     """What is not set first, then numbers by size, then texts."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and not pd.isna(value):
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and not pd.isna(float(value)):
         return 1, float(value), ""
     text = text_of(value)
     return (2, 0.0, text) if text else (0, 0.0, "")

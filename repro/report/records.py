@@ -128,6 +128,19 @@ def _row(where: str, record: dict[str, Any], configured: set[str]) -> dict[str, 
     return row
 
 
+def curve_of(path: str, packed: Any = None) -> dict[str, list[Any]]:
+    """A run's metrics per epoch, lists by name: packed in its record, else of the metrics.jsonl beside it; or empty."""
+    if isinstance(packed, dict):
+        return packed
+    file = Path(path).with_name("metrics.jsonl")
+    if not path.endswith("record.json") or not file.exists():
+        return {}
+    curve = pd.read_json(file, lines=True)
+    if "epoch" in curve:
+        curve["epoch"] += 1 - min(1, curve["epoch"].min())  # counted from 1
+    return {str(name): values.tolist() for name, values in curve.items()} if "epoch" in curve else {}
+
+
 def comparable(record: dict[str, Any]) -> dict[str, Any]:
     """The record without times, machine and folders: what two runs of one cell and seed must agree in."""
     kept = {name: value for name, value in record.items() if name not in VOLATILE_KEYS}

@@ -32,3 +32,22 @@ def test_nothing_to_gather_is_an_error_and_leaves_no_file(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="no record.json"):
         collect.main(["--records", str(tmp_path), "--output", str(tmp_path / "records.jsonl")])
     assert not (tmp_path / "records.jsonl").exists()
+
+
+def test_a_run_s_curve_is_packed_thinned_with_its_first_and_last_epoch(tmp_path: Path) -> None:
+    record = {"experiment": "gnn", "protocol": "p", "selection": "s", "metrics": {"m": 1}, "seed": 0, "config": {}}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "record.json").write_text(json.dumps(record))
+    lines = [
+        {"epoch": n, "loss": 1 / n, "note": "text"} | ({"accuracy": 0.5} if n == 100 else {}) for n in range(1, 101)
+    ]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    output = tmp_path / "records.jsonl"
+    collect.main(["--records", str(tmp_path / "run"), "--output", str(output)])
+    curve = json.loads(output.read_text())["curve"]
+    assert set(curve) == {"epoch", "loss", "accuracy"} and len(curve["epoch"]) == 40
+    assert curve["epoch"][0] == 1 and curve["epoch"][-1] == 100 and curve["loss"][-1] == 0.01
+    assert curve["accuracy"][-1] == 0.5 and curve["accuracy"][0] is None
+    again = tmp_path / "again.jsonl"
+    collect.main(["--records", str(output), "--output", str(again)])
+    assert again.read_text() == output.read_text()
