@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
 # Every figure again from the records in results/ (RESULTS names another folder): no training, a few seconds each.
-#   graph runs        accuracy against depth per data set; where runs were probed, collapse per layer
+#   graph runs        accuracy against depth per data set; against the step's scale where several were run; where runs
+#                     were probed, collapse per layer
 #   image runs        accuracy against depth per model; learning curves where metrics.jsonl is there
-# The figures are written beside the records. results/flags holds one cell computed in several ways, which is no curve:
-# `python -m benchmarks.flags` tabulates it.
+# The figures are written beside the records, as SVG and PNG. results/flags holds one cell computed in several ways, which
+# is no curve: `python -m benchmarks.flags` tabulates it. `python -m repro.report.check` tells whether they are up to date.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
 RESULTS="${RESULTS:-results}"
 
+scales() { # of ContraNorm's graph runs
+    grep -rhs --include=record.json --include=records.jsonl -A3 '"norm_mode": "CN"' "$folder" |
+        grep -oE '"(norm_)?scale": [0-9.]+' | sort -u
+}
 holds() { grep -rqs --include=record.json --include=records.jsonl -e "$1" "$folder"; }
 draw() { "$PYTHON" -m repro.report.figures --records "$folder" "$@"; }
 
@@ -17,19 +22,21 @@ for folder in "$RESULTS"/*/; do
     folder="${folder%/}"
     if [ "${folder##*/}" = flags ]; then continue; fi
     if holds '"experiment": "gnn"'; then
-        draw --each data --output "$folder/depth.png"
+        draw --each data --output "$folder/depth"
+        if [ "$(scales | wc -l)" -gt 1 ]; then
+            draw --kind scale --each data --output "$folder/scale"
+        fi
         # "collapse", and "probe" in records of schema 1
         if holds '"\(collapse\|probe\)": {'; then
-            draw --kind collapse --each data,depth --output "$folder/collapse.png"
+            draw --kind collapse --each data,depth --output "$folder/collapse"
         fi
         drawn=1
     fi
     if holds '"experiment": "ViT_imagenet"'; then
-        draw --each data,model --output "$folder/depth.png"
-        for run in "$folder"/*/metrics.jsonl; do
-            if [ -f "$run" ]; then "$PYTHON" -m ViT_imagenet.curves --runs "$folder"; fi
-            break
-        done
+        draw --each data,model --output "$folder/depth"
+        if holds '"curve": {' || compgen -G "$folder/*/metrics.jsonl" > /dev/null; then
+            draw --kind curves --each data,model --output "$folder/curves"
+        fi
         drawn=1
     fi
 done

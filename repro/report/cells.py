@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
+from repro.config import LOCATION_FIELDS
 from repro.errors import UserError
 from repro.report.records import CELL_FIELDS
 
@@ -63,7 +65,8 @@ def aggregate(frame: pd.DataFrame, keys: list[str], metric: str) -> pd.DataFrame
     for labelled, group in frame.groupby(keys, dropna=False, sort=False):
         labels = dict(zip(keys, labelled, strict=True))
         where = ", ".join(f"{k}={v}" for k, v in labels.items())
-        _check_unmixed(group, keys, where)
+        for name, found in mixed(group, keys).items():
+            raise UserError(f"cell {where} mixes {name}: {', '.join(found)}; add it to --rows, or choose with --where")
         runs = _one_per_replicate(group, column, where)
         if runs[column].isna().any():
             path = runs["path"][runs[column].isna()].iloc[0]
@@ -103,12 +106,26 @@ def add_average(
     return pd.concat([cells, pd.DataFrame(added)], ignore_index=True)
 
 
-def _check_unmixed(group: pd.DataFrame, keys: list[str], where: str) -> None:
+def mixed(group: pd.DataFrame, keys: Sequence[str]) -> dict[str, list[str]]:
+    """Fields that decide what was computed, but differ within a cell (seed and split may), with their values."""
     settings = dict.fromkeys(name for names in group["settings"] for name in names)
-    for name in ("protocol", "selection", "experiment", *settings, *reversed(CELL_FIELDS)):
-        values = sorted({text_of(value) or "unset" for value in group[name]})
-        if len(values) > 1 and name not in (*keys, *REPLICATES, "order"):
-            raise UserError(f"cell {where} mixes {name}: {', '.join(values)}; add it to --rows, or choose with --where")
+    fields = [n for n in ("protocol", "selection", "experiment", *settings, *reversed(CELL_FIELDS)) if n not in keys]
+    values = {n: sorted({text_of(v) or "unset" for v in group[n]}) for n in fields if n not in (*REPLICATES, "order")}
+    return {name: found for name, found in values.items() if len(found) > 1}
+
+
+def separate(frame: pd.DataFrame, keys: Sequence[str], metric: str) -> list[str]:
+    """The keys, and the fields that it takes beside them so that no cell mixes runs or holds one twice."""
+    keys = [*keys]
+    for _, group in frame.groupby(keys, dropna=False, sort=False):
+        keys += [name for name in mixed(group, keys) if name not in keys]
+    for _, group in frame.groupby(keys, dropna=False, sort=False):
+        runs = replicate(group)
+        if group[f"metrics.{metric}"].groupby(runs).nunique().max() > 1:
+            how = dict.fromkeys(name for names in group["execution_fields"] for name in names if name in group)
+            differ = [name for name in how if name not in LOCATION_FIELDS and group[name].map(text_of).nunique() > 1]
+            keys += [name for name in differ if name not in keys]
+    return keys
 
 
 def split_of(frame: pd.DataFrame) -> pd.Series[Any]:

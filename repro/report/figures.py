@@ -385,31 +385,36 @@ def draw(config: Config, command: str = "") -> list[Path]:
     if len(curves) > 1:
         joined = [" ".join(filter(None, map(text_of, row))) for row in frame[curves].to_numpy(dtype=object)]
         frame, label = frame.assign(label=joined), "label"
+    if frame[label].isna().any():
+        raise UserError(f"--label {label}: not set in {frame['path'][frame[label].isna()].iloc[0]}")
     if config.best and config.by:
         frame = select_best(frame, [*each, label, config.x], config.best, config.by)
     config = dataclasses.replace(config, label=label)
+    if config.kind == "scale" and each and "identity" in frame:  # draw those of `each` that have a scale at all
+        frame = frame.groupby(each).filter(lambda part: part["identity"].notna().any())
     paths = []
     for values, part in frame.groupby(each) if each else [((), frame)]:
         names = [str(value) for value in values]
         figure = figure_of(part, config, " ".join(names))
         path = Path(config.output)
         path = path.with_name("-".join([path.stem, *names]) + path.suffix)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for ending in [path.suffix] if path.suffix else [".svg", ".png"]:
-            paths.append(path.with_name(path.stem + ending if path.suffix else path.name + ending))
-            save(figure, paths[-1], command)
+        paths += write(figure, path, command)
     return paths
 
 
-def save(figure: Figure, path: Path, command: str) -> None:
-    """The same records give the same file, byte for byte; the command that draws it is in its metadata."""
+def write(figure: Figure, path: Path, command: str) -> list[Path]:
+    """Save as .svg and .png, or as the ending says; the same records give the same bytes, with the command inside."""
     notes: dict[str, dict[str, str | None]] = {
         ".svg": {"Date": None, "Creator": None, "Description": command},
         ".png": {"Software": None, "Description": command},
         ".pdf": {"CreationDate": None, "Subject": command},
     }
-    with matplotlib.rc_context({"svg.hashsalt": "contranorm", "svg.fonttype": "none"}):
-        figure.savefig(path, dpi=160, metadata=notes[path.suffix.lower()])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    paths = [path] if path.suffix else [path.with_name(path.name + ending) for ending in (".svg", ".png")]
+    for file in paths:
+        with matplotlib.rc_context({"svg.hashsalt": "contranorm", "svg.fonttype": "none"}):
+            figure.savefig(file, dpi=160, metadata=notes[file.suffix.lower()])
+    return paths
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -87,7 +87,7 @@ def load_records(places: str | Path | Sequence[str | Path]) -> pd.DataFrame:
         metrics.<name>: numbers, fractions.
         the config's fields and the record's other values by their own name, or as `config.<name>` and `record.<name>`
             where that names another column.
-        settings: names of the config's columns that decide what was computed, not how.
+        settings: names of the config's columns that decide what was computed; execution_fields: those that say how.
         path: where the record was read.
 
     Raises:
@@ -123,7 +123,7 @@ def _row(where: str, record: dict[str, Any], configured: set[str]) -> dict[str, 
             row |= {own[key]: _number(inner) for key, inner in value.items()}
         elif name in ("experiment", "protocol", "selection", "seed"):
             row[name] = value
-        elif name not in ("cell", "execution_fields"):
+        elif name != "cell":
             row[f"record.{name}" if name in configured or name in _RESERVED else name] = value
     return row
 

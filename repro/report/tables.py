@@ -16,6 +16,7 @@ import pandas as pd
 from repro.config import parse_config
 from repro.errors import UserError, run_main
 from repro.files import write_atomic
+from repro.report import readme
 from repro.report.agreement import RULE, agreement_sentence, agreement_table, agrees, judge
 from repro.report.cells import (
     AVERAGE,
@@ -75,7 +76,7 @@ class Config:
     percent: bool = True
     """Show fractions times 100."""
     output: str | None = None
-    """File to write the table to, beside printing it."""
+    """File to write the table to, beside printing it; in a .md file it is a block that repro.report.check renews."""
 
     def __post_init__(self) -> None:
         if not self.records:
@@ -346,7 +347,8 @@ def _agreement(
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    config = parse_config(Config, records_flag(argv), prog="python -m repro.report.tables", description=__doc__ or "")
+    words = records_flag(argv)
+    config = parse_config(Config, words, prog="python -m repro.report.tables", description=__doc__ or "")
     find_records(config.records)  # a wrong path is the first thing to say
     preset = PRESETS.get(config.preset or "", {})
     given: dict[str, Any] = {k: v if getattr(config, k) is None else getattr(config, k) for k, v in preset.items()}
@@ -357,7 +359,8 @@ def main(argv: list[str] | None = None) -> None:
     text = build(config, load_entries())
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(config.output), text.encode())
+        block = readme.block("repro.report.tables", words, text) if config.output.endswith(".md") else text
+        write_atomic(Path(config.output), block.encode())
     print(text, end="")
 
 

@@ -117,18 +117,19 @@ def test_figures_are_drawn_from_whatever_records_there_are(shell, tmp_path, monk
     write(results / "glue" / "runs" / "a", "BERT_glue", {"seed": 0}, {"score": 0.5})
     done, calls = shell("scripts/reproduce_figures.sh", RESULTS=str(results))
     assert done.returncode == 0, done.stderr
-    assert [call[1] for call in calls] == ["repro.report.figures"] * 3
+    assert [call[1] for call in calls] == ["repro.report.figures"] * 4
+    assert [call[call.index("--kind") + 1] for call in calls if "--kind" in call] == ["scale", "collapse"]
     for call in calls:
         figures.main(call[2:])
     assert sorted(str(p.relative_to(results)) for p in results.rglob("*.png")) == [
         "table2/depth-IMNET100-tiny.png", "table3/collapse-cora-2.png", "table3/collapse-texas-2.png",
-        "table3/depth-cora.png", "table3/depth-texas.png",
+        "table3/depth-cora.png", "table3/depth-texas.png", "table3/scale-cora.png", "table3/scale-texas.png",
     ]  # fmt: skip
 
 
 def test_figures_are_drawn_from_the_committed_results(shell, tmp_path, root):
     results = tmp_path / "results"
-    shutil.copytree(root / "results", results, ignore=shutil.ignore_patterns("*.png"))
+    shutil.copytree(root / "results", results, ignore=shutil.ignore_patterns("*.png", "*.svg"))
     done, calls = shell("scripts/reproduce_figures.sh", RESULTS=str(results))
     assert done.returncode == 0, done.stderr
     for call in calls:
@@ -136,6 +137,9 @@ def test_figures_are_drawn_from_the_committed_results(shell, tmp_path, root):
             figures.main(call[2:])
     drawn = {str(path.relative_to(results)) for path in results.rglob("*.png")}
     assert {"quickstart/depth-digits.png", "quickstart/collapse-digits-16.png", "table3_cora/depth-cora.png"} <= drawn
+    assert {"cifar10_cpu/curves-CIFAR10-deit_micro_patch8_32.svg", "table3_cora/scale-cora.svg"} <= {
+        str(path.relative_to(results)) for path in results.rglob("*.svg")
+    }
     assert not any(path.startswith("flags/") for path in drawn)  # one cell in several ways is no curve
 
 

@@ -1,0 +1,211 @@
+"""Every committed table and figure as one page that needs no network: `python -m repro.report.page`.
+
+Writes index.html and index.json into the folder of results. Whatever records stand below it are in: one table per
+folder, experiment and protocol, one row per method, and a cell opens to its command, runs and sources.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from repro.config import parse_config
+from repro.errors import UserError, run_main
+from repro.files import write_atomic
+from repro.report.agreement import RULE, agreement_sentence, agrees, judge
+from repro.report.cells import aggregate, in_order, separate, show, sortable, text_of
+from repro.report.published import KINDS, Entry, load_entries
+from repro.report.records import curve_of, find_records, load_records
+from repro.report.stats import difference, holm
+
+BASELINE = "vanilla"
+METRICS = ("test_accuracy", "score", "accuracy")  # the first that all runs have is shown
+
+
+@dataclass
+class Config:
+    """What to show."""
+
+    results: str = "results"
+    """Folder of results: its sub-folders hold records and figures."""
+
+
+def build_index(results: Path, entries: list[Entry]) -> dict[str, Any]:
+    """The page as data: tables with their cells, and figures with the command that draws them.
+
+    Raises:
+        UserError: no records are there.
+    """
+    tables: list[dict[str, Any]] = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        if not any(folder.rglob("record.json")) and not any(folder.rglob("records.jsonl")):
+            continue
+        frame = load_records(folder)
+        for _, part in frame.groupby(["experiment", "protocol"], sort=False):
+            tables.append(_table(part, folder.name, results, entries))
+    if not tables:
+        raise UserError(f"--results {results}: no records below it")
+    figures = [
+        {"path": path.relative_to(results).as_posix(), "command": command_in(path)}
+        for path in sorted(results.rglob("*.svg"))
+    ]
+    return {"tables": tables, "figures": figures, "rule": RULE}
+
+
+def command_in(path: Path) -> str:
+    """The command that drew an SVG file; nothing for a figure of another program."""
+    found = re.search(r"<dc:description>(.*?)</dc:description>", path.read_text(encoding="utf-8"), re.DOTALL)
+    return html.unescape(found[1]) if found else ""
+
+
+def _table(frame: pd.DataFrame, name: str, results: Path, entries: list[Entry]) -> dict[str, Any]:
+    """One table: rows by data, model and method, columns by depth, or by data where no depth is set."""
+    known = [str(name) for name in frame if frame[name].notna().all()]
+    measured = [name.removeprefix("metrics.") for name in known if name.startswith("metrics.")]
+    metric = next((name for name in METRICS if name in measured), measured[0])
+    columns = "depth" if frame["depth"].notna().any() else "data"
+    rows = [name for name in ("data", "model", "method") if name != columns]
+    keys = separate(frame, [*rows, columns], metric)
+    extra = [key for key in keys if key not in (*rows, columns)]
+    cells = in_order(aggregate(frame, keys, metric), [*rows, *extra], columns)
+    raw = cells.to_dict("records")
+    first = raw[0]
+    about = {"experiment": {first["experiment"]}, "protocol": {first["protocol"]}, "data": set(cells["data"])}
+    scope = [e for e in entries if e.kind == "authors" and all(e.match.get(k) in (None, *v) for k, v in about.items())]
+    verdicts = judge({metric: cells}, [entry for entry in scope if entry.metric == metric])
+    turned = {tuple(text_of(v.cell[key]) for key in keys): v.reversed for v in verdicts if v.cell and v.reversed}
+    found = [_cell(cell, metric, results, entries) for cell in raw]
+    for cell, shown in zip(raw, found, strict=True):
+        shown["reversed"] = turned.get(tuple(text_of(cell[key]) for key in keys), ())
+    _against_baseline(raw, found, keys)
+    heads = sorted(set(cells[columns]), key=sortable)
+    lines: dict[tuple[str, ...], dict[str, Any]] = {}
+    for cell, shown in zip(raw, found, strict=True):
+        varied = [key for key in extra if cells[cells["method"] == cell["method"]][key].map(text_of).nunique() > 1]
+        label = " · ".join([text_of(cell["method"]), *(f"{key} {text_of(cell[key]) or 'unset'}" for key in varied)])
+        place = tuple(text_of(cell[key]) for key in (*rows, *extra))
+        head = {"data": cell["data"] if columns != "data" else "", "model": text_of(cell.get("model")), "label": label}
+        line = lines.setdefault(place, {**head, "family": cell["family"], "cells": [None] * len(heads)})
+        line["cells"][heads.index(cell[columns])] = shown
+    return {
+        "name": name, "experiment": first["experiment"], "protocol": first["protocol"], "selection": first["selection"],
+        "metric": metric, "models": sorted(set(cells["model"].map(text_of))), "columns": columns,
+        "heads": [text_of(head) for head in heads], "rows": [*lines.values()],
+        "runs": int(cells["n"].sum()),
+        "sentence": agreement_sentence(verdicts, "published by the authors") if any(v.cell for v in verdicts) else "",
+    }  # fmt: skip
+
+
+def _cell(cell: dict[Any, Any], metric: str, results: Path, entries: list[Entry]) -> dict[str, Any]:
+    """What a cell opens to."""
+    runs: pd.DataFrame = cell["runs"].sort_values("seed")
+    published = []
+    for entry in entries:
+        if entry.metric == metric and entry.fits(cell):
+            p, verdict = agrees(cell, entry)
+            published.append({
+                "kind": KINDS[entry.kind], "value": show(entry.mean, entry.std, entry.n), "source": entry.source,
+                "notes": entry.notes(cell), "p": _rounded(p), "agrees": verdict,
+            })  # fmt: skip
+    own = [_run(run, metric, results) for run in runs.to_dict("records")]
+    environments = [run.get("environment") or {} for run in runs.to_dict("records")]
+    return {
+        "data": text_of(cell.get("data")), "depth": text_of(cell.get("depth")), "method": text_of(cell["method"]),
+        "metric": metric, "mean": _rounded(cell["mean"]), "std": _rounded(cell["std"]),
+        "n": int(cell["n"]), "text": show(cell["mean"], cell["std"], None), "runs": own,
+        "command": text_of(runs.iloc[0].get("command")),
+        "commits": sorted({text_of(environment.get("commit")) or "unknown" for environment in environments}),
+        "published": published,
+    }  # fmt: skip
+
+
+def _rounded(value: Any, digits: int = 5) -> float | None:
+    """So many digits: the same file on every processor."""
+    return None if pd.isna(value) else float(f"{value:.{digits}g}")
+
+
+def _run(run: dict[Any, Any], metric: str, results: Path) -> dict[str, Any]:
+    curve = curve_of(run["path"], run.get("curve"))
+    names = [n for n in ("loss", "train_loss", "validation_accuracy", "test_accuracy", "accuracy") if n in curve]
+    where = Path(run["path"]).resolve().relative_to(results.resolve().parent).as_posix()
+    seed = None if pd.isna(run["seed"]) else int(run["seed"])
+    packed = {name: [_rounded(value, 3) for value in curve[name]] for name in ("epoch", *names[:2]) if names}
+    return {"seed": seed, "value": _rounded(run[f"metrics.{metric}"]), "record": where, "curve": packed or None}
+
+
+def _against_baseline(raw: list[dict[Any, Any]], found: list[dict[str, Any]], keys: list[str]) -> None:
+    """Adds to each cell how it differs from the vanilla row over seeds, Holm-corrected over the table."""
+    others = [key for key in keys if key != "method"]
+    base = {tuple(text_of(c[k]) for k in others): c["values"] for c in raw if c["method"] == BASELINE}
+    tests = []
+    for cell, shown in zip(raw, found, strict=True):
+        place = tuple(text_of(cell[key]) for key in others)
+        if cell["method"] != BASELINE and place in base:
+            tests.append((shown, difference(cell["values"], base[place])))
+    for (shown, test), p in zip(tests, holm(test.p for _, test in tests), strict=True):
+        shown["against"] = {
+            "row": BASELINE,
+            "difference": _rounded(test.mean),
+            "n": test.n,
+            "paired": test.paired,
+            "p": _rounded(p),
+        }
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
+
+
+def inline_svg(text: str) -> str:
+    """A figure's SVG to stand in a page: no prologue, metadata or fixed size, its black and white those of the page."""
+    body = text[text.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", body, count=1)
+    body = re.sub(r'(<svg[^>]*?) width="([0-9.]+)pt"', r'\1 style="max-width: calc(1.4px * \2)"', body, count=1)
+    body = re.sub(r'<g id="[^"]*">', "<g>", body)
+    return body.replace("#000000", "currentColor").replace("#ffffff", "var(--paper)")
+
+
+def render(index: dict[str, Any], results: Path) -> str:
+    """The page; the same index gives the same text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    cells = [cell for table in index["tables"] for row in table["rows"] for cell in row["cells"] if cell]
+    for number, cell in enumerate(cells):
+        cell["id"] = number
+    figures = {figure["path"]: inline_svg((results / figure["path"]).read_text("utf-8")) for figure in index["figures"]}
+    options = {
+        "data": sorted({cell["data"] for cell in cells} - {""}),
+        "depth": sorted({cell["depth"] for cell in cells} - {""}, key=float),
+        "method": sorted({row["family"] for table in index["tables"] for row in table["rows"]}),
+    }
+    data = json.dumps(cells, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return environment.get_template("page.html").render(index=index, figures=figures, options=options, data=data)
+
+
+def build(results: Path) -> tuple[str, str]:
+    """index.html and index.json."""
+    index = build_index(results, load_entries())
+    text = json.dumps(index, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    return render(index, results), text
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    config = parse_config(Config, argv, prog="python -m repro.report.page", description=__doc__ or "")
+    results = Path(config.results)
+    find_records(config.results)
+    for name, text in zip(("index.html", "index.json"), build(results), strict=True):
+        write_atomic(results / name, text.encode())
+        print(f"{results / name}: {len(text.encode()) / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    run_main(main)
