@@ -17,7 +17,7 @@ from repro.report import readme
 
 ROOT = Path(__file__).resolve().parent.parent
 # Rooms whose docstrings, comments, help texts and READMEs are searched for `python -m ...` lines.
-ROOMS = ("contranorm", "benchmarks")
+ROOMS = ("contranorm", "benchmarks", "repro/report")
 PAGES = [p for p in [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))] if ".venv" not in p.parts]
 
 

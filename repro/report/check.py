@@ -108,7 +108,7 @@ def check_pages(results: Path, write: bool) -> Iterator[str]:
     for name, text in zip(("index.html", "index.json"), page.build(results), strict=True):
         path = results / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            yield f"{path}: differs from what python -m repro.report.page writes"
+            yield f"{path}: differs from what repro.report.page writes"
             if write:
                 write_atomic(path, text.encode())
 

@@ -108,10 +108,12 @@ def _cell(cell: dict[Any, Any], metric: str, results: Path, entries: list[Entry]
     runs: pd.DataFrame = cell["runs"].sort_values("seed")
     published = []
     for entry in entries:
-        if entry.metric == metric and entry.fits(cell):
-            p, verdict = agrees(cell, entry)
+        column = f"metrics.{entry.metric}"
+        if column in runs and runs[column].notna().all() and entry.fits(cell):
+            p, verdict = agrees({"mean": runs[column].mean(), "std": runs[column].std(ddof=1), "n": len(runs)}, entry)
             published.append({
-                "kind": KINDS[entry.kind], "value": show(entry.mean, entry.std, entry.n), "source": entry.source,
+                "kind": KINDS[entry.kind], "metric": entry.metric, "value": show(entry.mean, entry.std, entry.n),
+                "source": entry.source,
                 "notes": entry.notes(cell), "p": _rounded(p), "agrees": verdict,
             })  # fmt: skip
     own = [_run(run, metric, results) for run in runs.to_dict("records")]

@@ -66,7 +66,7 @@ class Config:
     """table: the cells, and beside them the numbers from elsewhere; agreement: how many published cells agree, and
     which do not; sentence: the same in a sentence, and what --against finds in another."""
     against: str | None = None
-    """Show how each cell differs from this row of the table, over seeds: a method (`vanilla`), or `field=value`."""
+    """Also show how each cell differs from that of this row, over seeds: a method (`vanilla`), or `field=value`."""
     test: Literal["t", "wilcoxon"] = "t"
     """What gives the p of --against: the t-test, paired where seeds pair, else Welch's; or Wilcoxon's signed ranks."""
     margin: float | None = None
@@ -163,10 +163,10 @@ def _mark(notes: list[str], used: dict[str, str]) -> str:
 
 
 def differences(cells: pd.DataFrame, keys: list[str], config: Config) -> pd.DataFrame:
-    """Each cell against the one of `--against`: the cells with columns `found` and `p` (Holm over the whole table).
+    """The cells with their difference `found` from that of `--against`, and its `p` (Holm over the whole table).
 
     Raises:
-        UserError: no row is called so.
+        UserError: no row is called so, or no other has a cell in common with it.
     """
     field, _, value = (config.against or "").rpartition("=")
     field = field or next((name for name in ("method", "family") if name in keys), "")
@@ -174,46 +174,54 @@ def differences(cells: pd.DataFrame, keys: list[str], config: Config) -> pd.Data
         raise UserError(f"--against {config.against}: no such row; write a method, or field=value of a field of --rows")
     others = [key for key in keys if key != field]
     base = {tuple(map(text_of, row[others])): row for _, row in cells.iterrows() if text_of(row[field]) == value}
-    kept = []
-    for cell in cells.to_dict("records"):
-        other = base.get(tuple(text_of(cell[key]) for key in others))
-        if other is None or text_of(cell[field]) == value:
-            continue
-        found = difference(cell["values"], other["values"])
-        p = found.p if config.test == "t" else found.wilcoxon
-        if config.margin is not None:
-            p = tost(cell["values"], other["values"], config.margin)
-        kept.append(cell | {"found": found, "p": p})
-    for cell, p in zip(kept, holm(cell["p"] for cell in kept), strict=True):
-        cell["p"] = math.nan if p is None else p
-    return pd.DataFrame(kept)
+    found: list[Difference | None] = []
+    tests: list[float | None] = []
+    for _, cell in cells.iterrows():
+        other = base.get(tuple(map(text_of, cell[others])))
+        compared = other is not None and text_of(cell[field]) != value
+        found.append(difference(cell["values"], other["values"]) if other is not None and compared else None)
+        if not found[-1] or other is None:
+            tests.append(None)
+        elif config.margin is None:
+            tests.append(found[-1].p if config.test == "t" else found[-1].wilcoxon)
+        else:
+            tests.append(tost(cell["values"], other["values"], config.margin))
+    if not any(found):
+        raise UserError(f"--against {config.against}: no other row has a cell in common with it")
+    p_values = [math.nan if p is None else p for p in holm(tests)]
+    return cells.assign(found=pd.Series(found, index=cells.index, dtype=object), p=p_values)
 
 
-def _difference_text(cell: pd.Series[Any], percent: bool) -> str:
-    found: Difference = cell["found"]
-    p = "p —" if pd.isna(cell["p"]) else f"p {cell['p']:.2g}"
-    return f"{signed(found.mean, percent)} ({found.n}{'' if found.paired else ', unpaired'}), {p}"
+def _text(cell: pd.Series[Any], config: Config, best: str | None) -> str:
+    """`67.60 ± 2.24 (3) [4.0], +11.11, p 0.02`: the cell, the scale chosen, and how it differs from --against."""
+    text = show(cell["mean"], cell["std"], cell["n"], config.percent)
+    if best and text_of(cell[best]):
+        text += f" [{text_of(cell[best])}]"
+    found: Difference | None = cell.get("found")
+    if found is None:
+        return text
+    pairs = " unpaired" if not found.paired and found.n > 1 else f" ({found.n})" if found.n < cell["n"] else ""
+    p = "—" if pd.isna(cell["p"]) else f"{cell['p']:.2g}"
+    return f"{text}, {signed(found.mean, config.percent)}{pairs}, p {p}"
 
 
-def against_sentences(compared: pd.DataFrame, config: Config) -> list[str]:
+def against_sentences(cells: pd.DataFrame, config: Config) -> list[str]:
     """For each method: mean difference over the cells with its bootstrap interval, and in how many it is shown."""
     lines = []
+    cells = cells[cells["found"].notna()]
     name = next((name for name in ("method", "family") if name in split_names(config.rows)), "method")
-    unit = " points" if config.percent else ""
-    for method, cells in compared.groupby(name, sort=False):
-        means = [found.mean for found in cells["found"]]
-        shown = [(found.mean, p) for found, p in zip(cells["found"], cells["p"], strict=True) if p < LEVEL]
-        low, high = bootstrap_mean(means)
-        interval = "" if pd.isna(low) else f", 95 % bootstrap interval {signed(low, config.percent)} to "
-        interval += "" if pd.isna(low) else signed(high, config.percent)
-        count = (
-            f"within {config.margin:g} in {len(shown)}"
-            if config.margin is not None
-            else f"better in {sum(m > 0 for m, _ in shown)}, worse in {sum(m < 0 for m, _ in shown)}"
-        )
+    for method, own in cells.groupby("family" if config.best == "scale" else name, sort=False):
+        means = [found.mean for found in own["found"]]
+        shown = [found.mean for found, p in zip(own["found"], own["p"], strict=True) if p < LEVEL]
+        low, high = (signed(bound, config.percent) for bound in bootstrap_mean(means))
+        interval = "" if len(means) < 2 else f", 95 % bootstrap interval {low} to {high}"
+        count = f"better in {sum(m > 0 for m in shown)}, worse in {sum(m < 0 for m in shown)}"
+        if config.margin is not None:
+            count = f"within {config.margin:g} in {len(shown)}"
         lines.append(
-            f"{method} against {config.against}: {signed(sum(means) / len(means), config.percent)}{unit} over "
-            f"{len(cells)} cells{interval}; {count} (p < {LEVEL:g} after Holm over {len(compared)} cells)."
+            f"{method} against {config.against}: {signed(sum(means) / len(means), config.percent)}"
+            f"{' points' if config.percent else ''} over {len(own)} cells{interval}; {count} "
+            f"(p < {LEVEL:g} after Holm over {len(cells)} cells)."
         )
     return lines
 
@@ -257,15 +265,14 @@ def render(table: pd.DataFrame, style: str) -> str:
 def _caption(frame: pd.DataFrame, config: Config) -> str:
     seeds = sorted({int(s) for s in frame["seed"].dropna()}) if "seed" in frame else []
     splits = sorted(set(split_of(frame)))
+    shown = ""
     if config.against:
-        shown = f", difference from {config.against}{' in points' if config.percent else ''} (number of pairs), p of "
         test = {"t": "the paired t-test, Welch's where seeds do not pair", "wilcoxon": "Wilcoxon's signed ranks"}
+        shown = f", difference from {config.against}{' in points' if config.percent else ''} (pairs, if fewer), p of "
         shown += test[config.test] if config.margin is None else f"equivalence within {config.margin:g} (TOST)"
         shown += ", Holm-corrected over the table"
-    else:
-        shown = f"{' in %' if config.percent else ''}, mean ± sample standard deviation (number of runs)"
     parts = [
-        f"{config.metric}{shown}",
+        f"{config.metric}{' in %' if config.percent else ''}, mean ± sample standard deviation (number of runs){shown}",
         f"protocol: {', '.join(sorted(set(frame['protocol'])))}",
         f"reported: {', '.join(sorted(set(frame['selection'])))}",
         f"{len(frame)} runs, seeds {', '.join(map(str, seeds)) or 'not recorded'}"
@@ -283,6 +290,7 @@ def build(config: Config, entries: list[Entry]) -> str:
     if config.best == "scale":
         rows = ["family" if name == "method" else name for name in rows]
     keys = [*rows, columns] if columns else rows
+    everything = frame
     if config.best and config.by:
         frame = select_best(frame, keys, config.best, config.by)
     cells = in_order(aggregate(frame, keys, metric), rows, columns)
@@ -291,27 +299,19 @@ def build(config: Config, entries: list[Entry]) -> str:
         raise UserError(f"the records mix protocols ({', '.join(protocols)}): add protocol to --rows, or use --where")
     if config.average and columns:
         cells = in_order(add_average(cells, frame, rows, columns, metric, split_names(config.average)), rows, columns)
-    compared = differences(cells, keys, config) if config.against else pd.DataFrame()
+    if config.against:
+        cells = differences(cells, keys, config)
     others = dict.fromkeys(e.metric for e in entries if e.metric != metric and f"metrics.{e.metric}" in frame)
     measured = {name: frame.dropna(subset=f"metrics.{name}") for name in others}
     tables = {metric: cells} | {n: in_order(aggregate(m, keys, n), rows, columns) for n, m in measured.items()}
     if config.show != "table":
-        return _agreement(tables, frame, compared, entries, config)
-    if config.against:
-        if compared.empty:
-            raise UserError(f"--against {config.against}: no other row has a cell in common with it")
-        texts = [_difference_text(cell, config.percent) for _, cell in compared.iterrows()]
-        table = pivot(compared.assign(text=texts), rows, columns)
-        beside, notes = pd.DataFrame(), against_sentences(compared, config)
-    else:
-        best = None if config.best in keys else config.best
-        texts = [
-            show(cell["mean"], cell["std"], cell["n"], config.percent) + (f" [{text_of(cell[best])}]" if best else "")
-            for _, cell in cells.iterrows()
-        ]
-        texts = [text.removesuffix(" []") for text in texts]
-        table = pivot(cells.assign(text=texts), rows, columns)
-        beside, notes = compare(tables, keys, metric, entries, config)
+        ours = against_sentences(cells, config) if config.against else []
+        return _agreement(everything, others, entries, ours, config)
+    best = None if config.best in keys else config.best
+    texts = [_text(cell, config, best) for _, cell in cells.iterrows()]
+    table = pivot(cells.assign(text=texts), rows, columns)
+    beside, notes = compare(tables, keys, metric, entries, config)
+    notes = [*(against_sentences(cells, config) if config.against else []), *notes]
     if config.format == "csv":
         return "\n".join(render(part, "csv") for part in (table, beside) if not part.empty)
     comment = "% " if config.format == "latex" else ""
@@ -321,9 +321,12 @@ def build(config: Config, entries: list[Entry]) -> str:
 
 
 def _agreement(
-    tables: dict[str, pd.DataFrame], frame: pd.DataFrame, compared: pd.DataFrame, entries: list[Entry], config: Config
+    frame: pd.DataFrame, others: Iterable[str], entries: list[Entry], ours: list[str], config: Config
 ) -> str:
-    """The published cells of the experiments of these records, counted: `--show agreement` and `--show sentence`."""
+    """`--show agreement` and `--show sentence`: the published cells of these experiments; every scale counts."""
+    keys = [*split_names(config.rows), *split_names(config.columns)]
+    measured = {name: frame.dropna(subset=f"metrics.{name}") for name in (str(config.metric), *others)}
+    tables = {name: aggregate(part, keys, name) for name, part in measured.items()}
     scope = [
         entry
         for entry in entries
@@ -336,8 +339,7 @@ def _agreement(
     by_kind = {kind: [v for v in verdicts if v.entry.kind == kind] for kind in kinds}
     lines = [agreement_sentence(of, kinds[kind]) for kind, of in by_kind.items() if of]
     if config.show == "sentence":
-        about_method = compared[compared["method"].str.startswith(METHOD)] if len(compared) else compared
-        return " ".join([*lines[:1], *(against_sentences(about_method, config) if len(about_method) else [])]) + "\n"
+        return " ".join([*lines[:1], *(line for line in ours if line.startswith(METHOD))]) + "\n"
     parts = [f"Rule: {RULE}.\n"]
     for line, of in zip(lines, filter(None, by_kind.values()), strict=True):
         table = agreement_table(of, config.percent)

@@ -392,22 +392,26 @@ def paired(write_records):
     return folder, base, better
 
 
-def test_methods_are_compared_with_a_row_of_the_table_by_seed(paired, table):
+def test_methods_are_compared_with_a_row_of_the_table_by_seed(paired, table, write_records):
     folder, base, better = paired
+    flags = ["--columns", "depth", "--against", "vanilla"]
     text = table(folder, "--columns", "depth", "--against", "vanilla", rows="data,method")
     p = stats.ttest_rel(better, base).pvalue
-    contra, other = cells_of(text)
-    shown = f"+3.00 (4), p {4 * p:.2g}"  # Holm over the four cells
+    vanilla, contra, other = cells_of(text)
+    assert vanilla["depth 2"] == "65.00 ± 12.91 (4)"
+    shown = f"68.00 ± 12.83 (4), +3.00, p {4 * p:.2g}"  # Holm over the four cells
     assert contra == {"data": "cora", "method": "ContraNorm", "depth 2": shown, "depth 4": shown}
-    assert other["depth 2"] == "+0.00 (4, unpaired), p 1"
-    assert "difference from vanilla in points (number of pairs), p of the paired t-test" in text
+    assert other["depth 2"] == "65.00 ± 12.91 (4), +0.00 unpaired, p 1"
+    assert "difference from vanilla in points (pairs, if fewer), p of the paired t-test" in text
     assert "- ContraNorm against vanilla: +3.00 points over 2 cells, 95 % bootstrap interval +3.00 to +3.00; " in text
     assert "better in 2, worse in 0 (p < 0.05 after Holm over 4 cells)" in text
     sentence = table(folder, "--columns", "depth", "--against", "vanilla", "--show", "sentence", rows="data,method")
     assert sentence.startswith("ContraNorm against vanilla: +3.00 points") and sentence.count("against") == 1
     ranks = table(folder, "--columns", "depth", "--against", "vanilla", "--test", "wilcoxon", rows="data,method")
-    assert cells_of(ranks)[0]["depth 2"] == "+3.00 (4), p 0.25" and "Wilcoxon" in ranks
-    assert cells_of(ranks)[1]["depth 2"].endswith("p —")
+    assert cells_of(ranks)[1]["depth 2"].endswith("+3.00, p 0.25") and "Wilcoxon" in ranks
+    assert cells_of(ranks)[2]["depth 2"].endswith("p —")
+    write_records([0.55, 0.66], data="cora", method="fewer", depth=2, order=[3])
+    assert cells_of(table(folder, *flags, rows="data,method"))[3]["depth 2"].startswith("60.50 ± 7.78 (2), +5.50, p")
 
 
 def test_equivalence_within_a_margin(paired, table):
