@@ -173,25 +173,35 @@ def scale_panels(frame: pd.DataFrame, config: Config) -> list[list[Panel]]:
 
 
 def collapse_panels(frame: pd.DataFrame, config: Config) -> list[list[Panel]]:
-    """Each collapse metric against the layer: a row of panels, or several where there are many lines."""
-    by_metric: dict[str, list[Series]] = {}
-    for label in ordered_labels(frame, config.label):
-        runs = [pd.DataFrame(lists).set_index("layer") for lists in frame[frame[config.label] == label]["collapse"]]
-        if len({len(run) for run in runs}) > 1:
-            raise UserError(f"{label}: runs of different depth in one curve: choose with --where '{{{config.x}: ...}}'")
-        for name in COLLAPSE:
-            values = pd.DataFrame({n: run[name] for n, run in enumerate(runs) if name in run}).astype(float)
-            values = values.dropna(how="all")
-            if len(values):
-                by_metric.setdefault(name, []).append(series_of(label, values, spread="range"))
-    shares = zip(*(share_out(series) for series in by_metric.values()), strict=False)
-    return [
-        [
-            Panel(series, "layer", COLLAPSE[name][0], log=name == "variance", collapsed=COLLAPSE[name][1])
-            for name, series in zip(by_metric, row, strict=True)
-        ]
-        for row in shares
-    ]
+    """Each collapse metric against the layer, before training where that is recorded, and after; a row per share."""
+    rows = []
+    for column, title in states(frame, "collapse"):
+        by_metric: dict[str, list[Series]] = {}
+        for label in ordered_labels(frame, config.label):
+            found = frame[frame[config.label] == label][column].dropna()
+            runs = [pd.DataFrame(lists).set_index("layer") for lists in found]
+            if len({len(run) for run in runs}) > 1:
+                raise UserError(f"{label}: runs of different depth in one curve: choose with --where '{{depth: ...}}'")
+            for name in COLLAPSE:
+                values = pd.DataFrame({n: run[name] for n, run in enumerate(runs) if name in run}).astype(float)
+                values = values.dropna(how="all")
+                if len(values):
+                    by_metric.setdefault(name, []).append(series_of(label, values, spread="range"))
+        shares = {name: share_out(series) for name, series in by_metric.items()}
+        for index in range(max(map(len, shares.values()))):
+            drawn = {name: parts[index] for name, parts in shares.items() if index < len(parts)}
+            rows.append([
+                Panel(series, "layer", COLLAPSE[name][0], title, log=name == "variance", collapsed=COLLAPSE[name][1])
+                for name, series in drawn.items()
+            ])  # fmt: skip
+    return rows
+
+
+def states(frame: pd.DataFrame, column: str) -> list[tuple[str, str]]:
+    """The columns that hold a measurement of the untrained and the trained model, with their titles."""
+    if f"{column}_untrained" not in frame or frame[f"{column}_untrained"].isna().all():
+        return [(column, "")]
+    return [(f"{column}_untrained", "before training"), (column, "after training")]
 
 
 def curve_panels(frame: pd.DataFrame, config: Config) -> list[list[Panel]]:
@@ -216,20 +226,18 @@ def curve_panels(frame: pd.DataFrame, config: Config) -> list[list[Panel]]:
 
 
 def spectrum_panels(frame: pd.DataFrame, config: Config) -> list[list[Panel]]:
-    """Singular values of the last features, relative to the largest; a panel for each name in `spectrum`."""
-    found: dict[str, list[Series]] = {}
-    for label in ordered_labels(frame, config.label):
-        spectra = [s if isinstance(s, dict) else {"": s} for s in frame[frame[config.label] == label]["spectrum"]]
-        for name in dict.fromkeys(name for spectrum in spectra for name in spectrum):
-            runs = [np.asarray(spectrum[name], dtype=float) for spectrum in spectra if name in spectrum]
-            points = pd.DataFrame({n: pd.Series(values / values.max()) for n, values in enumerate(runs)})
-            points = points.where(points > 0).set_axis(np.arange(1, len(points) + 1))
-            found.setdefault(name, []).append(series_of(label, points, spread="range"))
-    panels = [
-        Panel(part, "singular value", "σ relative to the largest", name, log=True)
-        for name, lines in found.items()
-        for part in share_out(lines)
-    ]
+    """Singular values of the last features, relative to the largest, before training where recorded, and after."""
+    panels = []
+    for column, title in states(frame, "spectrum"):
+        lines = []
+        for label in ordered_labels(frame, config.label):
+            runs = [np.asarray(values, dtype=float) for values in frame[frame[config.label] == label][column].dropna()]
+            if runs:
+                points = pd.DataFrame({n: pd.Series(values / values.max()) for n, values in enumerate(runs)})
+                points = points.where(points > 0).set_axis(np.arange(1, len(points) + 1))
+                lines.append(series_of(label, points, spread="range"))
+        labels = "singular value", "σ relative to the largest", title
+        panels += [Panel(part, *labels, log=True) for part in share_out(lines)]
     return [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
 
 
@@ -377,11 +385,10 @@ def draw(config: Config, command: str = "") -> list[Path]:
         if name not in frame:
             raise UserError(f"{name}: no field of these records")
     frame = select_runs(frame, config.where)
-    for kind, flag in (("collapse", "--probe"), ("spectrum", "the flag that records singular values")):
-        if config.kind == kind:
-            frame = frame[frame[kind].notna()] if kind in frame else frame[:0]
-            if frame.empty:
-                raise UserError(f"no record holds {kind} metrics: run the cells with {flag}")
+    if config.kind in ("collapse", "spectrum"):
+        frame = frame[frame[config.kind].notna()] if config.kind in frame else frame[:0]
+        if frame.empty:
+            raise UserError(f"no record holds {config.kind} metrics: run the cells with --probe")
     if len(curves) > 1:
         joined = [" ".join(filter(None, map(text_of, row))) for row in frame[curves].to_numpy(dtype=object)]
         frame, label = frame.assign(label=joined), "label"

@@ -195,8 +195,9 @@ def render(index: dict[str, Any], results: Path) -> str:
 def build(results: Path) -> tuple[str, str]:
     """index.html and index.json."""
     index = build_index(results, load_entries())
-    text = json.dumps(index, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    return render(index, results), text
+    tables = ",\n".join(json.dumps(table, allow_nan=False, ensure_ascii=False) for table in index["tables"])
+    rest = json.dumps({key: value for key, value in index.items() if key != "tables"}, ensure_ascii=False)
+    return render(index, results), f'{rest[:-1]}, "tables": [\n{tables}\n]}}\n'
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -161,6 +161,17 @@ def test_collapse_of_runs_without_a_probe_and_of_several_depths(write_records, t
     assert not (tmp_path / "d.png").exists()
 
 
+def test_collapse_before_and_after_training_are_rows_of_one_figure(write_records):
+    def lists(cosine):
+        return {"layer": [1, 2], "mean_cosine": cosine, "effective_rank": [2, 2], "variance": [1, 1]}
+
+    extra = {"collapse_untrained": lists([0.1, 0.2]), "collapse": lists([0.5, 0.6])}
+    folder = write_records([0.5], data="cora", method="vanilla", depth=2, extra=extra)
+    before, after = panels_of(folder, "collapse")
+    assert {panel.title for panel in before} == {"before training"} and before[0].series[0].mean == [0.1, 0.2]
+    assert {panel.title for panel in after} == {"after training"} and after[0].series[0].mean == [0.5, 0.6]
+
+
 def test_both_forms_of_the_step_are_on_one_axis(write_records):
     def write(method, value, scale=None, **more):
         return write_records([value, value], data="cora", depth=16, method=f"{method} + LayerNorm", scale=scale,
@@ -205,8 +216,8 @@ def test_curves_are_those_of_metrics_jsonl_or_packed(write_records):
 
 
 def test_singular_values_are_drawn_relative_to_the_largest(write_records, tmp_path):
-    spectrum = {"before training": [4.0, 2.0, 1.0], "after training": [4.0, 0.4, 0.0]}
-    folder = write_records([0.5], data="cora", method="vanilla", depth=2, extra={"spectrum": spectrum})
+    spectra = {"spectrum_untrained": [4.0, 2.0, 1.0], "spectrum": [4.0, 0.4, 0.0]}
+    folder = write_records([0.5], data="cora", method="vanilla", depth=2, extra=spectra)
     ((before, after),) = panels_of(folder, "spectrum")
     assert before.title == "before training" and before.series[0].mean == [1, 0.5, 0.25] and before.log
     assert after.series[0].mean[:2] == [1, 0.1] and before.series[0].x == [1, 2, 3]
