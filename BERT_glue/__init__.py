@@ -8,12 +8,19 @@ if "BERT_glue.main" not in sys.orig_argv:  # `python -m BERT_glue.main` loads th
     from BERT_glue.configuration import ContraNormAlbertConfig, ContraNormBertConfig, with_contranorm
     from BERT_glue.modeling_albert import (
         ContraNormAlbertForMaskedLM,
+        ContraNormAlbertForMultipleChoice,
+        ContraNormAlbertForPreTraining,
+        ContraNormAlbertForQuestionAnswering,
         ContraNormAlbertForSequenceClassification,
         ContraNormAlbertForTokenClassification,
         ContraNormAlbertModel,
     )
     from BERT_glue.modeling_bert import (
         ContraNormBertForMaskedLM,
+        ContraNormBertForMultipleChoice,
+        ContraNormBertForNextSentencePrediction,
+        ContraNormBertForPreTraining,
+        ContraNormBertForQuestionAnswering,
         ContraNormBertForSequenceClassification,
         ContraNormBertForTokenClassification,
         ContraNormBertModel,

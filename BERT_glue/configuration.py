@@ -29,8 +29,24 @@ ContraNormFields = make_dataclass(
 )
 
 
+class SaysItsSites:
+    """Refuses a vanilla config.json that is read without a word about sites; stands before the vanilla class."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PretrainedConfig:
+        """As the vanilla class; ContraNorm's settings among `kwargs` are checked like those of a config.json."""
+        own = {f.name: kwargs.pop(f.name) for f in fields(ContraNormFields) if f.name in kwargs}
+        vanilla = config_dict.get("model_type", cls.model_type) != cls.model_type
+        if vanilla and "sites" not in own:
+            raise ValueError(
+                f"a configuration of {config_dict['model_type']!r} has no ContraNorm: say where it goes, as in "
+                f"from_pretrained(..., sites=['attention_sum'], scale=0.01), or sites=[] for none"
+            )
+        return super().from_dict(config_dict | own, **kwargs)
+
+
 @strict
-class ContraNormBertConfig(BertConfig, ContraNormFields):
+class ContraNormBertConfig(SaysItsSites, BertConfig, ContraNormFields):
     """BertConfig with ContraNorm: `ContraNormOptions`' switches under the same names, of which `scale` is needed.
 
     Args:
@@ -44,7 +60,7 @@ class ContraNormBertConfig(BertConfig, ContraNormFields):
 
 
 @strict
-class ContraNormAlbertConfig(AlbertConfig, ContraNormFields):
+class ContraNormAlbertConfig(SaysItsSites, AlbertConfig, ContraNormFields):
     """AlbertConfig with ContraNorm; the fields are those of ContraNormBertConfig."""
 
     model_type = "contranorm_albert"

@@ -19,6 +19,7 @@ class ContraNormBody:
     """Vanilla class → the class in its place, which has the same parameters; one with `has_sites` gets its sites."""
 
     def __init__(self, config: PretrainedConfig, add_pooling_layer: bool = True) -> None:
+        _check(type(self), config)
         super().__init__(config, add_pooling_layer=add_pooling_layer)
         self.add_sites()
 
@@ -48,6 +49,7 @@ def with_head(vanilla: type[PreTrainedModel], body: type[PreTrainedModel]) -> ty
     """The vanilla model with head as a class whose body is `body`, known to the Auto classes."""
 
     def init(self: PreTrainedModel, config: PretrainedConfig) -> None:
+        _check(type(self), config)
         vanilla.__init__(self, config)
         self.base_model.__class__ = body
         self.base_model.add_sites()
@@ -56,6 +58,14 @@ def with_head(vanilla: type[PreTrainedModel], body: type[PreTrainedModel]) -> ty
     doc = f"{vanilla.__name__} on {body.__name__}."
     namespace = {"__init__": init, "__module__": body.__module__, "__doc__": doc, "config_class": body.config_class}
     return register(type(f"ContraNorm{vanilla.__name__}", (vanilla,), namespace))
+
+
+def _check(model: type[PreTrainedModel], config: PretrainedConfig) -> None:
+    if not isinstance(config, model.config_class):
+        raise TypeError(
+            f"{model.__name__} needs a {model.config_class.__name__}, got {type(config).__name__}: "
+            "BERT_glue.with_contranorm(config, sites=['attention_sum'], scale=0.01) makes one of it"
+        )
 
 
 def register(model: type[PreTrainedModel]) -> type[PreTrainedModel]:

@@ -9,7 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import AlbertForMaskedLM, AlbertForSequenceClassification, AlbertForTokenClassification, AlbertModel
+from transformers import (
+    AlbertForMaskedLM,
+    AlbertForMultipleChoice,
+    AlbertForPreTraining,
+    AlbertForQuestionAnswering,
+    AlbertForSequenceClassification,
+    AlbertForTokenClassification,
+    AlbertModel,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.albert.modeling_albert import AlbertAttention, AlbertLayer, eager_attention_forward
 from transformers.pytorch_utils import apply_chunking_to_forward
@@ -83,3 +91,6 @@ register(ContraNormAlbertModel)
 ContraNormAlbertForSequenceClassification = with_head(AlbertForSequenceClassification, ContraNormAlbertModel)
 ContraNormAlbertForMaskedLM = with_head(AlbertForMaskedLM, ContraNormAlbertModel)
 ContraNormAlbertForTokenClassification = with_head(AlbertForTokenClassification, ContraNormAlbertModel)
+ContraNormAlbertForQuestionAnswering = with_head(AlbertForQuestionAnswering, ContraNormAlbertModel)
+ContraNormAlbertForMultipleChoice = with_head(AlbertForMultipleChoice, ContraNormAlbertModel)
+ContraNormAlbertForPreTraining = with_head(AlbertForPreTraining, ContraNormAlbertModel)

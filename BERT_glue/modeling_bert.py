@@ -8,7 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
+from transformers import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.pytorch_utils import apply_chunking_to_forward
 
@@ -66,3 +75,7 @@ register(ContraNormBertModel)
 ContraNormBertForSequenceClassification = with_head(BertForSequenceClassification, ContraNormBertModel)
 ContraNormBertForMaskedLM = with_head(BertForMaskedLM, ContraNormBertModel)
 ContraNormBertForTokenClassification = with_head(BertForTokenClassification, ContraNormBertModel)
+ContraNormBertForQuestionAnswering = with_head(BertForQuestionAnswering, ContraNormBertModel)
+ContraNormBertForMultipleChoice = with_head(BertForMultipleChoice, ContraNormBertModel)
+ContraNormBertForPreTraining = with_head(BertForPreTraining, ContraNormBertModel)
+ContraNormBertForNextSentencePrediction = with_head(BertForNextSentencePrediction, ContraNormBertModel)
