@@ -33,11 +33,17 @@ class ContraNormBody:
         self.post_init()
 
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *others: Any, **kwargs: Any
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         """As the vanilla model; the tokenizer's mask goes to every layer besides the backend's."""
         kwargs["token_mask"] = token_mask_of(self.config, attention_mask)
-        return super().forward(input_ids, attention_mask, *others, **kwargs)
+        return super().forward(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
