@@ -4,7 +4,7 @@
 
 import sys
 
-if "BERT_glue.main" not in sys.orig_argv:  # `python -m BERT_glue.main` loads them itself, once its flags are checked
+if not {"BERT_glue.main", "BERT_glue.predict"} & set(sys.orig_argv):  # these load them once their flags are checked
     from BERT_glue.configuration import ContraNormAlbertConfig, ContraNormBertConfig, with_contranorm
     from BERT_glue.modeling_albert import (
         ContraNormAlbertForMaskedLM,

@@ -40,8 +40,9 @@ class Config(ContraNormOptions, RunConfig):
     """Own validation data, in the columns of --train_file."""
     test_file: str | None = None
     """Own data to predict with --do_predict; its labels, if any, are not read."""
-    pos: int | None = None
-    """The site as the released code's digit of BERT (the paper's: 7) or ALBERT; 0 or nothing is the vanilla model."""
+    pos: int | str | None = None
+    """The site as the released code's digit of BERT (the paper's: 7) or ALBERT, or several (37, or 3,7); 0 or nothing
+    is the vanilla model."""
     sites: str | None = None
     """The sites by name, separated by commas, in place of --pos: layer_input, attention_context, attention_output,
     attention_sum, attention_norm, ffn_output, ffn_sum, ffn_norm."""
@@ -133,7 +134,10 @@ class Config(ContraNormOptions, RunConfig):
         unknown = [name for name in self.site_names or () if name not in SITES]
         if unknown:
             raise ValueError(f"unknown site {unknown[0]!r} in --sites; the sites are {', '.join(SITES)}")
-        if (self.pos or self.site_names) and self.scale is None:
+        if not (self.pos or self.site_names):
+            if given := self.changed_switches() + ["include_padding"] * self.include_padding:
+                raise ValueError(f"--{given[0]} has no effect on the vanilla model: leave it out, or name a site")
+        elif self.scale is None:
             raise ValueError("--scale is needed with a site: there is no default (the paper tries 0.005 …)")
         # What gives the digit of --pos its meaning: read off the name until the checkpoint itself is loaded.
         self.architecture = "albert" if "albert" in self.model.lower() else "bert"
@@ -163,15 +167,16 @@ class Config(ContraNormOptions, RunConfig):
         """The sites asked for, by name; the architecture, "bert" or "albert", gives the digit of --pos its meaning."""
         if not self.pos:
             return self.site_names
-        digits = DIGITS[architecture]
-        if self.pos not in digits:
+        digits = {str(digit): name for digit, name in DIGITS[architecture].items()}
+        asked = str(self.pos).replace(",", "")
+        if not set(asked) <= set(digits):
             choices = ", ".join(f"{digit} {name}" for digit, name in digits.items())
             raise UserError(f"--pos {self.pos}: {architecture} has no such site; the digits are 0 none, {choices}")
-        return [digits[self.pos]]
+        return [digits[digit] for digit in asked]
 
     def label(self) -> CellLabel:
         """The cell of a table that this run belongs to."""
-        sites = self.sites_in(self.architecture)
+        sites = sorted(self.sites_in(self.architecture), key=list(SITES).index)
         if not sites:
             return CellLabel(self.task, self.model, "vanilla", depth=self.num_hidden_layers)
         method = f"{'D-' if self.axis == 'features' else ''}ContraNorm s={self.scale:g}"
@@ -206,6 +211,10 @@ def _defaults_in(path: str, given: argparse.Namespace) -> list[str]:
     row, fields = table[task], {f.name for f in dataclasses.fields(Config)}
     if unknown := [key for key in row if key not in fields] if isinstance(row, dict) else [row]:
         raise UserError(f"--config {path}, task {task}: unknown key {unknown[0]!r}")
+    replaced = set()
     if given.pos or given.sites:  # a site on the command line replaces the table's, however either is written
-        row = {key: value for key, value in row.items() if key not in ("pos", "sites")}
+        replaced = {"pos", "sites"}
+    if given.pos == "0":
+        replaced |= {"include_padding", *(f.name for f in dataclasses.fields(ContraNormOptions))}
+    row = {key: value for key, value in row.items() if key not in replaced}
     return [f"--{key}={value}" for key, value in row.items()]

@@ -88,6 +88,7 @@ def _configure(vanilla: PretrainedConfig, config: Config, task: Task, sites: lis
         "id2label": dict(enumerate(labels)),
         "label2id": {label: number for number, label in enumerate(labels)},
         "problem_type": None if task.labels else "regression",
+        "text_columns": list(task.sentences),  # for BERT_glue.predict
     }
     changes |= {"num_hidden_layers": config.num_hidden_layers or vanilla.num_hidden_layers, "sites": sites}
     if sites:

@@ -13,12 +13,13 @@ TASKS="${TASKS:-cola mnli mrpc qnli qqp rte sst2 stsb}"  # all but WNLI, as in t
 SCALES="${SCALES:-vanilla 0.005 0.01 0.05 0.1 0.2}"      # vanilla: no ContraNorm
 SITES="${SITES:-attention_sum}"                          # names separated by commas; --pos 7 of BERT, 4 of ALBERT
 SEEDS="${SEEDS:-2021}"
-FLAGS="${FLAGS:-}"                                       # appended to every line, e.g. "--include_padding"
+FLAGS="${FLAGS:-}"                                       # appended to every line, e.g. "--group_by_length"
+CONTRANORM_FLAGS="${CONTRANORM_FLAGS:-}"                 # to the lines with ContraNorm only, e.g. "--include_padding"
 RESULTS="${RESULTS:-results/table1/runs}"
 RECORDS="${RECORDS-$(compgen -G 'results/table1/*.jsonl' | paste -sd, || true)}" # records whose cells are not run again, by commas
 
 for task in $TASKS; do for scale in $SCALES; do for seed in $SEEDS; do
-    if [ "$scale" = vanilla ]; then site="--pos 0"; else site="--sites $SITES --scale $scale"; fi
+    if [ "$scale" = vanilla ]; then site="--pos 0"; else site="--sites $SITES --scale $scale $CONTRANORM_FLAGS"; fi
     echo "python -m BERT_glue.main --config $CONFIG --model_name_or_path $MODEL --task_name $task $site --seed $seed $FLAGS"
 done; done; done |
     "$PYTHON" -m repro.sweep --results "$RESULTS" ${RECORDS:+--records "[$RECORDS]"} --jobs "${JOBS:-2}" \

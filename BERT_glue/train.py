@@ -89,6 +89,7 @@ def prepare(config: Config, accelerator: Accelerator) -> TrainingSetup:
         seed_everything(config.seed)  # the head's first weights
         model, tokenizer = load_backbone(config, splits.task)
         length = config.max_length or min(PAPER_MAX_LENGTH, model.config.max_position_embeddings)
+        tokenizer.model_max_length = length  # saved with the model, so that predictions cut texts as training did
 
         def encode(rows: Dataset) -> Dataset:
             pad, workers = config.pad_to_max_length, config.preprocessing_num_workers

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Table 1 of the paper: every GLUE task but WNLI, vanilla and ContraNorm at the paper's scales, BERT and ALBERT, then the
 # table, with the best scale per task by the validation score and the average over tasks. Takes the variables of
-# BERT_glue/run_different_baselines.sh (TASKS, SCALES, SEEDS, FLAGS, RECORDS, JOBS, CLUSTER, ...), and
+# BERT_glue/run_different_baselines.sh (TASKS, SCALES, SEEDS, FLAGS, CONTRANORM_FLAGS, RECORDS, JOBS, CLUSTER, ...), and
 #   MODELS="minilm" TASKS="rte mrpc" bash scripts/reproduce_table1.sh       a backbone that needs no download
-#   FLAGS=--include_padding bash scripts/reproduce_table1.sh                padding as the paper's code treats it
+#   CONTRANORM_FLAGS=--include_padding bash scripts/reproduce_table1.sh     padding as the paper's code treats it
 # `--dry-run` prints the plan only. Re-running the command resumes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -204,6 +204,7 @@ def test_task_tables_are_complete_and_flags_win(root: Path, architecture: str) -
     assert (config.max_length, config.seed, config.weight_decay, config.num_warmup_steps) == (None, 2021, 0, 0)
     config = parse([*fixed, "--task-name=MRPC", "--learning-rate=1e-3", "--pos", "0"])
     assert (config.task_name, config.learning_rate, config.sites, config.pos) == ("mrpc", 1e-3, None, 0)
+    assert config.scale is None  # the row's step goes with its site
     assert config.sites_in(architecture) == []
     with pytest.raises(UserError, match="table of tasks: choose one with --task_name"):
         parse(fixed)
@@ -220,6 +221,11 @@ def test_task_tables_are_complete_and_flags_win(root: Path, architecture: str) -
         (["--task_name", "rte", "--pos", "7", "--scale", "0"], "--scale must be > 0.*--pos 0"),
         (["--task_name", "rte", "--pos", "7", "--sites", "ffn_sum", "--scale", "1"], "either --pos or --sites"),
         (["--task_name", "rte", "--tau", "0"], "--tau must be > 0"),
+        (["--task_name", "rte", "--pos", "0", "--scale", "1"], "--scale has no effect on the vanilla model"),
+        (["--task_name", "rte", "--scale", "1"], "--scale has no effect on the vanilla model"),
+        (["--task_name", "rte", "--pos", "0", "--no_identity"], "--identity has no effect on the vanilla model"),
+        (["--task_name", "rte", "--implementation", "plain"], "--implementation has no effect on the vanilla model"),
+        (["--task_name", "rte", "--include_padding"], "--include_padding has no effect on the vanilla model"),
         (["--task_name", "rte", "--learning_rate", "0"], "--learning_rate must be > 0"),
         (["--task_name", "rte", "--num_train_epochs", "-1"], "--num_train_epochs must be >= 0"),
         (["--task_name", "rte", "--sclae", "1"], "--sclae"),
@@ -237,7 +243,9 @@ def test_bad_flags(flags: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "method", "order", "scale"),
     [
-        ("--pos 0 --scale 0.1", "vanilla", (0,), None),
+        ("--pos 0", "vanilla", (0,), None),
+        ("--pos 78 --scale 1", "ContraNorm s=1 at attention_sum+ffn_sum", (1, 1, 3, 6), 1),
+        ("--pos 8,7 --scale 1", "ContraNorm s=1 at attention_sum+ffn_sum", (1, 1, 3, 6), 1),
         ("--pos 7 --scale 0.01", "ContraNorm s=0.01", (1, 0.01, 3), 0.01),
         ("--sites attention_sum --scale 1e-2", "ContraNorm s=0.01", (1, 0.01, 3), 0.01),
         ("--pos 8 --norm_scale 0.1", "ContraNorm s=0.1 at ffn_sum", (1, 0.1, 6), 0.1),
@@ -272,7 +280,9 @@ def bad_run(tmp_path: Path, flags: list[str], message: str) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("backbone", "digit"), [("bert", "9"), ("albert", "17"), ("bert", "-1")])
+@pytest.mark.parametrize(
+    ("backbone", "digit"), [("bert", "9"), ("albert", "19"), ("bert", "-1"), ("bert", "70"), ("bert", "7x")]
+)
 def test_a_digit_that_the_architecture_lacks(
     backbones: Any, glue_root: Path, tmp_path: Path, backbone: str, digit: str
 ) -> None:
@@ -390,8 +400,8 @@ def test_exit_code_and_single_line(tmp_path: Path) -> None:
 
 
 def test_flags_are_checked_before_transformers_loads() -> None:
-    code = "import sys, BERT_glue.main; print('transformers' in sys.modules)"
-    for more, loaded in (([], "True"), (["BERT_glue.main"], "False")):
+    code = "import sys, BERT_glue.main, BERT_glue.predict; print('transformers' in sys.modules)"
+    for more, loaded in (([], "True"), (["BERT_glue.main"], "False"), (["BERT_glue.predict"], "False")):
         command = [sys.executable, "-c", code, *more]
         result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         assert result.stdout.strip() == loaded

@@ -75,6 +75,17 @@ def test_sweep_covers_tasks_scales_and_seeds(
     assert cells == {(t, s, n) for t in PAPER_TASKS for s in ["vanilla", *SCALES] for n in (7,)}
 
 
+def test_contranorms_own_flags_stay_off_the_vanilla_line(shell: Any, monkeypatch: Any, root: Path) -> None:
+    flags = {"FLAGS": "--group_by_length", "CONTRANORM_FLAGS": "--include_padding"}
+    _, lines = shell("BERT_glue/run_different_baselines.sh", TASKS="rte", SCALES="vanilla 0.1", **flags)
+    monkeypatch.chdir(root)
+    configs = [parse([*shlex.split(line)[3:], "--output_dir", "x"]) for line in lines]
+    assert [(c.include_padding, c.group_by_length, c.scale) for c in configs] == [
+        (False, True, None),
+        (True, True, 0.1),
+    ]
+
+
 def test_table_1_runs_both_sweeps_then_the_table(shell: Any, tmp_path: Path) -> None:
     results = tmp_path / "somewhere" / "runs"
     results.mkdir(parents=True)
@@ -95,7 +106,7 @@ def test_table_1_runs_both_sweeps_then_the_table(shell: Any, tmp_path: Path) -> 
     ("script", "arguments", "expected"),
     [
         ("", ["rte", "0.005", "7"], {"pos": 7, "scale": 0.005, "model_name_or_path": "bert-base-uncased"}),
-        ("", ["rte", "0", "7", "cpu"], {"pos": 0, "scale": 0.01}),
+        ("", ["rte", "0", "7", "cpu"], {"pos": 0, "scale": None}),
         ("", ["mrpc", "0.1", "0", "1"], {"pos": 0, "task_name": "mrpc"}),
         ("", ["rte", "0.1", "ffn_sum", "--", "--seed", "3"], {"sites": "ffn_sum", "seed": 3, "pos": None}),
         ("_al", ["rte", "0.2", "4"], {"pos": 4, "scale": 0.2, "model_name_or_path": "albert-base-v2"}),
