@@ -27,6 +27,7 @@ class Config(ContraNormOptions, RunConfig):
     EXECUTION_FIELDS = (
         *RunConfig.EXECUTION_FIELDS, "implementation", "per_device_eval_batch_size", "checkpointing_steps",
         "do_predict", "save_model", "compact_embeddings", "fused_optimizer", "preprocessing_num_workers",
+        "probe",
     )  # fmt: skip
 
     model_name_or_path: str
@@ -100,6 +101,8 @@ class Config(ContraNormOptions, RunConfig):
     """One kernel for the whole step of AdamW; equal within rounding."""
     preprocessing_num_workers: int = 1
     """Processes that tokenize; the result is cached and reused either way."""
+    probe: bool = False
+    """At the end, record collapse metrics of every layer on the first 64 validation examples, padding left out."""
 
     def __post_init__(self) -> None:
         positive = ["max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate"]

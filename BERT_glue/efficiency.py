@@ -92,8 +92,14 @@ def reads_all_tokens(model: PreTrainedModel) -> str | None:
 
 def skip_unread_tokens(model: PreTrainedModel) -> None:
     """Run the feed-forward of BERT's last block on the first token alone, where `reads_all_tokens` has no objection."""
-    last = model.base_model.encoder.layer[-1]
-    last.intermediate.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :1],))  # (B, N, D) → (B, 1, D)
+    first = lambda _, inputs: (inputs[0][:, :1],)  # noqa: E731 - (B, N, D) → (B, 1, D)
+    model.skipping = model.base_model.encoder.layer[-1].intermediate.register_forward_pre_hook(first)
+
+
+def read_all_tokens(model: PreTrainedModel) -> None:
+    """Undo `skip_unread_tokens`."""
+    if hasattr(model, "skipping"):
+        model.skipping.remove()
 
 
 def apply_speedups(config: Config, model: PreTrainedModel, rows: list[Dataset], special: Iterable[int]) -> None:

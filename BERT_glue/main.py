@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from BERT_glue.models import describe
     from BERT_glue.predict import write_predictions
     from BERT_glue.sites import active_sites
-    from BERT_glue.train import make_accelerator, predict, prepare, train
+    from BERT_glue.train import collapse_by_layer, make_accelerator, predict, prepare, train
     from repro.run.run import Run
 
     transformers.logging.set_verbosity_error()
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parameters=setup.parameters,
             trained_tokens=None if tokens is None else len(tokens),
             sites=active_sites(model),
+            **({"collapse": collapse_by_layer(setup)} if config.probe and is_main else {}),
         )
         accelerator.print("  ".join(f"{key} {value:.4f}" for key, value in progress.metrics.items()))
     accelerator.end_training()

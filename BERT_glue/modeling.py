@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -21,10 +22,7 @@ class ContraNormBody:
     def __init__(self, config: PretrainedConfig, add_pooling_layer: bool = True) -> None:
         _check(type(self), config)
         super().__init__(config, add_pooling_layer=add_pooling_layer)
-        self.add_sites()
-
-    def add_sites(self) -> None:
-        """Change the layers' class in place: weights, and flags such as gradient checkpointing, stay as they are."""
+        # a layer changes its class: weights, and flags such as gradient checkpointing, stay as they are
         for module in list(self.modules()):
             module.__class__ = self.replacements.get(type(module), type(module))
             if getattr(module, "has_sites", False):
@@ -56,9 +54,15 @@ def with_head(vanilla: type[PreTrainedModel], body: type[PreTrainedModel]) -> ty
 
     def init(self: PreTrainedModel, config: PretrainedConfig) -> None:
         _check(type(self), config)
+        checkpointing = getattr(config, "gradient_checkpointing", False)
         vanilla.__init__(self, config)
-        self.base_model.__class__ = body
-        self.base_model.add_sites()
+        old = self.base_model
+        with torch.random.fork_rng(devices=[]):  # a seed gives the vanilla model's weights
+            new = body(config, add_pooling_layer=old.pooler is not None)
+        new.load_state_dict(old.state_dict(), strict=False)  # a learnable step is new
+        setattr(self, self.base_model_prefix, new)
+        if checkpointing:  # the first body has taken it off the configuration
+            config.gradient_checkpointing = True
         self.post_init()
 
     doc = f"{vanilla.__name__} on {body.__name__}."

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,16 +21,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from BERT_glue.config import Config
 from BERT_glue.data import load_splits, make_loader, tokenize
-from BERT_glue.efficiency import apply_speedups, trained_tokens
+from BERT_glue.efficiency import apply_speedups, read_all_tokens, trained_tokens
 from BERT_glue.metric import glue_metrics
 from BERT_glue.models import load_backbone
 from BERT_glue.predict import as_predictions
 from BERT_glue.tasks import Task
+from contranorm import attention_similarity
+from contranorm.collapse import METRICS
 from repro.errors import UserError
 from repro.run.run import Run
 from repro.seeding import rng_state, seed_everything, set_rng_state
 
 PAPER_MAX_LENGTH = 128
+PROBED_ROWS = 64
 
 
 @dataclass
@@ -143,7 +147,9 @@ def train(setup: TrainingSetup, run: Run) -> Progress:
     every, quiet = config.checkpointing_steps, not accelerator.is_main_process
     seed_everything(config.seed + accelerator.process_index)  # dropout differs between processes
     p = restore(setup, run)
-    with tqdm(total=setup.total_steps, initial=p.step, unit="step", disable=quiet, file=sys.stderr) as bar:
+    with tqdm(
+        total=setup.total_steps, initial=p.step, unit="step", disable=quiet, file=sys.stderr, mininterval=1
+    ) as bar:
         # a checkpoint within the last epoch may have all steps done and the evaluation still to come
         while p.step < setup.total_steps or p.batches:
             clock = time.monotonic()
@@ -158,7 +164,8 @@ def train(setup: TrainingSetup, run: Run) -> Progress:
                 if accelerator.sync_gradients:
                     setup.scheduler.step()
                     p.step += 1
-                    bar.update()
+                    if bar.update():  # the display is due, once a second at most
+                        bar.set_description(f"loss {p.loss_sum.item() / p.batches:.4f}")
                     if run.agree_to_stop() or (every and p.step % every == 0):
                         run.checkpoint(p.step, checkpoint_state(setup, p))
 
@@ -167,6 +174,7 @@ def train(setup: TrainingSetup, run: Run) -> Progress:
             line = {"epoch": p.epoch + 1, "step": p.step, "loss": loss, "lr": setup.scheduler.get_last_lr()[0]}
             p.curve.append({**line, **p.metrics, "train_seconds": round(p.seconds, 3)})
             run.log(p.curve[-1])
+            bar.set_description(f"loss {loss:.4f}")
             bar.set_postfix(epoch=p.epoch + 1, score=f"{p.metrics['score']:.4f}")
             p.epoch, p.batches, p.seconds = p.epoch + 1, 0, 0.0
             p.loss_sum.zero_()
@@ -212,6 +220,26 @@ def evaluate(setup: TrainingSetup) -> dict[str, float]:
         found = glue_metrics(name, *predict(setup, loader))
         metrics |= {key + suffix: value for key, value in found.items()}
     return {**metrics, "score": sum(metrics.values()) / len(metrics)}
+
+
+@torch.no_grad()
+def collapse_by_layer(setup: TrainingSetup) -> dict[str, list[float]]:
+    """Collapse metrics after each layer, as lists by metric; the model then stays with attention that returns maps."""
+    model = setup.accelerator.unwrap_model(setup.model).eval()
+    read_all_tokens(model)
+    model.set_attn_implementation("eager")
+    loader = next(iter(setup.validation.values()))
+    rows = [loader.dataset[i] for i in range(min(PROBED_ROWS, len(loader.dataset)))]
+    batch = loader.collate_fn(rows).to(model.device)
+    mask = batch["attention_mask"].bool()  # (B, N)
+    output = model(**batch, output_hidden_states=True, output_attentions=True)
+    lists = {name: [metric(x, mask) for x in output.hidden_states[1:]] for name, metric in METRICS.items()}
+
+    def similarity(maps: Tensor) -> float:  # (B, H, N, N)
+        return fmean(attention_similarity(map_[:, keep][..., keep]) for map_, keep in zip(maps, mask, strict=True))
+
+    lists["attention_similarity"] = [similarity(maps) for maps in output.attentions]
+    return {"layer": list(range(1, len(output.attentions) + 1)), **lists}
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

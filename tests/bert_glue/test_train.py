@@ -8,19 +8,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import BERT_glue as bg
 import BERT_glue.train as training
 from BERT_glue.main import main as main_once
 from BERT_glue.metric import KEYS
 from BERT_glue.tasks import TASKS
+from contranorm import attention_similarity
+from contranorm.collapse import METRICS
 from repro.errors import Interrupted, UserError
 from repro.run.run import Run
 
@@ -247,6 +251,43 @@ def test_trackers_get_the_curve(command: Any, tmp_path: Path, monkeypatch: Any) 
     monkeypatch.setattr("accelerate.accelerator.LOGGER_TYPE_TO_CLASS", {"tensorboard": Notebook})
     main(command(tmp_path / "run", "--report_to", "tensorboard", "--max_train_steps", "2"))
     assert [step for step, _ in logged] == [2] and "accuracy" in logged[0][1]
+
+
+@pytest.mark.parametrize("backbone", ["bert", "albert"])
+@pytest.mark.parametrize("site", [SITE, []])
+def test_probe_records_collapse_by_layer(
+    command: Any, tmp_path: Path, record: Any, glue_root: Path, backbone: str, site: list[str]
+) -> None:
+    """Against transformers' own hidden states and maps of the saved model, sentence by sentence without padding."""
+    arguments = command(tmp_path / "run", *site, "--max_train_steps", "2", "--save_model", "--probe", backbone=backbone)
+    main(arguments)
+    collapse = record(tmp_path / "run")["collapse"]
+    assert collapse.pop("layer") == [1, 2]
+    folder = tmp_path / "run" / "model"
+    model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = pd.read_parquet(glue_root / "glue/rte/validation-00000-of-00001.parquet")
+    expected: dict[str, list[list[float]]] = {name: [[], []] for name in collapse}
+    for row in rows.itertuples():
+        inputs = tokenizer(row.sentence1, row.sentence2, return_tensors="pt")
+        with torch.no_grad():
+            output = model(**inputs, output_hidden_states=True, output_attentions=True)
+        for layer in (0, 1):
+            for name, metric in METRICS.items():
+                expected[name][layer].append(metric(output.hidden_states[layer + 1]))
+            expected["attention_similarity"][layer].append(attention_similarity(output.attentions[layer]))
+    for name, by_layer in expected.items():
+        assert collapse[name] == pytest.approx([fmean(values) for values in by_layer], rel=1e-4), name
+    assert set(collapse) == {"mean_cosine", "effective_rank", "variance", "attention_similarity"}
+    main([*arguments[:-1], "--output_dir", str(tmp_path / "plain")])
+    assert "collapse" not in record(tmp_path / "plain")
+    assert record(tmp_path / "plain")["metrics"] == record(tmp_path / "run")["metrics"]
+
+
+def test_the_progress_bar_shows_the_loss(command: Any, tmp_path: Path, lines: Any, capsys: Any) -> None:
+    main(command(tmp_path / "run", "--max_train_steps", "2"))
+    (line,) = lines(tmp_path / "run")
+    assert f"loss {line['loss']:.4f}: 100%" in capsys.readouterr().err
 
 
 @pytest.mark.slow
