@@ -115,6 +115,8 @@ def _vit_cell(config: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     config.setdefault("identity", False)
     where = config.get("data_set"), config.get("model")
     depth, scale = config.get("depth"), config.get("scale")
+    if config.get("last_norm") == "layer":
+        config["last_norm"] = "vanilla"
     if config.get("norm") == "layer":
         config["norm"] = "vanilla"
         return _cell(*where, "vanilla", [0], depth, None)
