@@ -87,10 +87,10 @@ class RunConfig(abc.ABC):
         """Refuse a `data_root` that was given and is not there; the default may be absent (not all data need files).
 
         Raises:
-            ValueError: the flag and the folder.
+            UserError: the flag and the folder.
         """
         if self.data_root != default_data_root() and not Path(self.data_root).is_dir():
-            raise ValueError(f"--data_root {self.data_root}: no such folder")
+            raise UserError(f"--data_root {self.data_root}: no such folder")
 
     @abc.abstractmethod
     def label(self) -> CellLabel:

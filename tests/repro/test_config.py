@@ -237,7 +237,7 @@ def test_a_slip_is_answered_in_one_plain_line(words: str, told: str, tmp_path: P
     with pytest.raises(SystemExit) as left:
         run_main(lambda: main(["--output_dir", str(tmp_path / "run"), *words.split()]))
     answer = capsys.readouterr().err
-    assert left.value.code == 2 and answer.startswith("error: gnn.main: ") and answer.count("\n") == 1
+    assert left.value.code == 2 and answer.startswith("error: ") and answer.count("\n") == 1
     assert told in answer and not (tmp_path / "run").exists()
 
 
