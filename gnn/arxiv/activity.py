@@ -7,6 +7,8 @@ identity matrix; one curve for each method, depth and layer: the mean over seeds
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 
 from repro.config import parse_config
 from repro.errors import UserError, run_main
+from repro.report import figures
 from repro.report.records import iterate_records
 
 matplotlib.use("Agg")
@@ -35,7 +38,7 @@ class Config:
     records: str
     """Folder of runs, record file or glob pattern."""
     output: str
-    """The figure; its ending chooses the format."""
+    """The figure; its ending chooses the format, without one .svg and .png are written."""
     mode: str = "teacher"
     """Which runs: teacher or student."""
 
@@ -84,10 +87,10 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(Config, argv, prog="python -m gnn.arxiv.activity", description=__doc__ or "")
     figure = draw(courses(config.records, config.mode))
-    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(config.output, dpi=150)
+    words = sys.argv[1:] if argv is None else argv
+    for path in figures.write(figure, Path(config.output), shlex.join(["python", "-m", "gnn.arxiv.activity", *words])):
+        print(f"written: {path}")
     plt.close(figure)
-    print(f"written: {config.output}")
 
 
 if __name__ == "__main__":

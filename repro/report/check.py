@@ -7,9 +7,8 @@ refused (one of schema 1 is listed).
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,8 +21,8 @@ from PIL import Image
 from repro.config import parse_config
 from repro.errors import UserError, run_main
 from repro.files import write_atomic
-from repro.report import figures, page, readme
-from repro.report.records import find_records, iterate_records, records_flag
+from repro.report import page, readme
+from repro.report.records import find_records, iterate_records
 
 FIGURES = (".svg", ".png")
 
@@ -71,30 +70,34 @@ def command_of(path: Path) -> str:
 
 
 def check_figures(results: Path, write: bool) -> Iterator[str]:
-    """Figures that differ from what their command draws, or hold none."""
+    """Figures that differ from what their command draws, or hold none.
+
+    The commands run in a copy of the results without figures, beside links to all else: they draw what they say.
+    """
     by_command: dict[str, list[Path]] = {}
     for path in sorted(path for path in results.rglob("*") if path.suffix in FIGURES):
         by_command.setdefault(command_of(path), []).append(path)
     for path in by_command.pop("", []):
         yield f"{path}: holds no command that draws it"
-    for command, paths in by_command.items():
-        words = shlex.split(command)
-        if words[:3] != ["python", "-m", "repro.report.figures"]:
-            yield f"{paths[0]}: not drawn by repro.report.figures: {command}"
-            continue
-        config = parse_config(figures.Config, records_flag(words[3:]), prog="python -m repro.report.figures")
-        with tempfile.TemporaryDirectory() as folder:
-            config = dataclasses.replace(config, output=str(Path(folder) / Path(config.output).name))
+    with tempfile.TemporaryDirectory() as folder:
+        for entry in Path().iterdir():
+            if entry.name != results.parts[0]:
+                (Path(folder) / entry.name).symlink_to(entry.resolve())
+        shutil.copytree(results, Path(folder) / results, ignore=shutil.ignore_patterns(*(f"*{e}" for e in FIGURES)))
+        for command, paths in by_command.items():
             try:
-                fresh = {path.name: path.read_bytes() for path in figures.draw(config, command)}
+                readme.run_block(command, Path(folder))
             except UserError as error:
                 yield f"{paths[0]}: {error}"
                 continue
-        for path in paths:
-            if path.read_bytes() != fresh.get(path.name):
-                yield f"{path}: differs from what its command draws"
-                if write and path.name in fresh:
-                    write_atomic(path, fresh[path.name])
+            for path in paths:
+                fresh = Path(folder) / path
+                if not fresh.exists():
+                    yield f"{path}: not drawn by its command: {command}"
+                elif fresh.read_bytes() != path.read_bytes():
+                    yield f"{path}: differs from what its command draws"
+                    if write:
+                        write_atomic(path, fresh.read_bytes())
 
 
 def check_pages(results: Path, write: bool) -> Iterator[str]:

@@ -90,11 +90,14 @@ def test_a_record_without_its_origin_is_refused_or_of_schema_1_listed(repository
 
 
 def test_a_figure_that_nothing_draws_is_refused(repository, capsys):
-    for name, content in (("own.svg", "<svg></svg>"), ("other.svg", "<dc:description>rm -rf x</dc:description>")):
-        (repository / "results" / "a" / name).write_text(f"{content}<svg>")
+    drawn = (repository / "results" / "a" / "depth.svg").read_text()
+    commands = {"own.svg": "<svg></svg>", "other.svg": "<dc:description>rm -rf x</dc:description><svg>", "b.svg": drawn}
+    for name, content in commands.items():
+        (repository / "results" / "a" / name).write_text(content)
     code, printed = run(capsys)
     assert code == 1 and "own.svg: holds no command that draws it" in printed
-    assert "other.svg: not drawn by repro.report.figures: rm -rf x" in printed
+    assert "b.svg: not drawn by its command: python -m repro.report.figures" in printed and "depth.svg" not in printed
+    assert "other.svg: generated block: only" in printed and "is run, not 'rm -rf x'" in printed
 
 
 def test_what_is_committed_is_what_its_records_say(root, monkeypatch, capsys):
