@@ -3,7 +3,7 @@
 #   bash ViT_imagenet/run_different_baselines.sh --dry-run
 #   CONFIG=cifar10_cpu DEPTHS="2 4 6" bash ViT_imagenet/run_different_baselines.sh
 #   CONFIG=imagenet100_tiny PROCESSES=4 FLAGS="--data-path /data/imagenet" CLUSTER=slurm \
-#       bash ViT_imagenet/run_different_baselines.sh --gpus 4 --cpus 40
+#       bash ViT_imagenet/run_different_baselines.sh --gpus_per_cell 4 --cpus 40
 # Arguments go to repro.sweep.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

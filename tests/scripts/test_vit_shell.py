@@ -65,7 +65,7 @@ def test_table2(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None
     script = "scripts/reproduce_table2.sh"
     calls, lines = hear(
         script,
-        "--gpus",
+        "--gpus_per_cell",
         "4",
         IMAGENET="/i",
         CLASS_LIST="/c",
@@ -73,7 +73,7 @@ def test_table2(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None
         CLUSTER="slurm",
         SCALES="vanilla 0.1",
     )
-    assert calls[:4] == ["-m repro.sweep --results results/table2/runs --jobs 2 --cluster slurm --gpus 4"] * 4
+    assert calls[:4] == ["-m repro.sweep --results results/table2/runs --jobs 2 --cluster slurm --gpus_per_cell 4"] * 4
     assert [call.split()[1:4] for call in calls[4:]] == [["repro.report.tables", "--preset", "table2"]]
     calls_with_records, _ = hear(script, CONFIGS="cifar10_cpu", RECORDS="done.jsonl")
     assert calls_with_records[0].endswith("--records done.jsonl")
