@@ -7,9 +7,12 @@ import inspect
 from typing import Any, Literal, TypeVar, Unpack
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from contranorm.functional import apply_step
+from contranorm.kernels.autograd import is_traced, is_transformed
 from contranorm.kernels.masks import entries, remembered, restrict
 from contranorm.layer import ContraStep, Switches
 
@@ -69,17 +72,29 @@ class GraphContraNorm(ContraStep):
         """
         if self.carried is not None:
             adjacency, batch = self.carried
-        if adjacency is None or (adjacency.dim() == 1 and adjacency.shape == x.shape[:1]):
-            raise ValueError(
-                "GraphContraNorm needs the edges: norm(x, edge_index). PyG's BasicGNN gives its norms none: call "
-                "contranorm.carry_edges(model) once, and the model as a whole"
-            )
-        exclude = _excluded(adjacency, len(x), self.add_self_loops)
-        if batch is None:
-            return self.take_step(x, exclude=exclude)
-        graphs = _graphs(exclude, batch, len(x))
-        moved = [self.take_step(x[nodes], exclude=among) for nodes, among in graphs]
-        return torch.cat(moved)[torch.cat([nodes for nodes, _ in graphs]).argsort()] if moved else x
+        return _step_on_graphs(x, adjacency, batch, self.add_self_loops, **self.settings())
+
+
+def _step_on_graphs(
+    x: Tensor, adjacency: Tensor | None, batch: Tensor | None, add_self_loops: bool, **settings: Any
+) -> Tensor:
+    if adjacency is None or (adjacency.dim() == 1 and adjacency.shape == x.shape[:1]):
+        raise ValueError(
+            "GraphContraNorm needs the edges: norm(x, edge_index). PyG's BasicGNN gives its norms none: call "
+            "contranorm.carry_edges(model) once, and the model as a whole"
+        )
+    if is_traced(x) or is_transformed():
+        exclude = _excluded_as_a_mask(adjacency, batch, x, add_self_loops)
+        return apply_step(x, mask=None, exclude=exclude, **settings)
+    exclude = _excluded(adjacency, len(x), add_self_loops)
+    if batch is None:
+        return apply_step(x, mask=None, exclude=exclude, **settings)
+    graphs = _graphs(exclude, batch, len(x))
+    moved = [apply_step(x[nodes], mask=None, exclude=among, **settings) for nodes, among in graphs]
+    return torch.cat(moved)[torch.cat([nodes for nodes, _ in graphs]).argsort()] if moved else x
+
+
+torch.fx.wrap("_step_on_graphs")  # symbolic tracing calls it as it is, whatever the edges will be
 
 
 def carry_edges(model: T) -> T:
@@ -150,6 +165,19 @@ def _excluded(adjacency: Tensor, n: int, add_self_loops: bool) -> Tensor:
 
     made = remembered(adjacency, ("excluded", n, add_self_loops), make)
     return adjacency if made is None else made
+
+
+def _excluded_as_a_mask(adjacency: Tensor, batch: Tensor | None, x: Tensor, add_self_loops: bool) -> Tensor:
+    """The pairs left out as a bool (N, N), nodes of other graphs among them: nothing that the data decides."""
+    n = x.shape[0]
+    if adjacency.layout == torch.strided:
+        columns, rows = adjacency.long()
+    else:
+        rows, columns = entries(adjacency if adjacency.layout == torch.sparse_csr else adjacency.to_sparse_csr())
+    exclude = torch.zeros(n, n, dtype=torch.bool, device=x.device).index_put((rows, columns), rows.new_ones(()) > 0)
+    if add_self_loops:
+        exclude = exclude | torch.eye(n, dtype=torch.bool, device=x.device)
+    return exclude if batch is None else exclude | (batch[:, None] != batch)
 
 
 def _graphs(exclude: Tensor, batch: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:

@@ -6,16 +6,18 @@ import math
 from typing import Any, TypedDict, Unpack
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
-from contranorm.functional import contra_norm
-from contranorm.options import Axis, Implementation, check_switches
+from contranorm.functional import apply_step
+from contranorm.options import Axis, Implementation, check_positive, check_switches
 
 
 class Switches(TypedDict, total=False):
     """The form of the step, as keywords of all three layers; meanings and defaults are `ContraStep`'s."""
 
     identity: bool
+    scaled_identity: bool
     axis: Axis
     symmetric: bool
     pre_norm: bool
@@ -25,8 +27,8 @@ class Switches(TypedDict, total=False):
     degree: int
 
 
-# Keywords of `contra_norm` that a module carries as attributes of the same names.
-_FORM = ("tau", "identity", "axis", "symmetric", "pre_norm", "implementation", "degree")
+# Keywords of `apply_step` that a module carries as attributes of the same names.
+_FORM = ("tau", "identity", "scaled_identity", "axis", "symmetric", "pre_norm", "implementation", "degree")
 
 
 class ContraStep(nn.Module):
@@ -38,7 +40,7 @@ class ContraStep(nn.Module):
         scale: the step s. It has no default: 0 would silently be no step.
         tau: temperature.
         dim: number of features D; only `learnable` needs it.
-        identity, axis, symmetric, pre_norm, implementation, degree: the form, as in `contra_norm`.
+        identity, scaled_identity, axis, symmetric, pre_norm, implementation, degree: the form, as in `contra_norm`.
         learnable: train one step per feature, starting from `scale`.
         positive: with `learnable`, train its logarithm so that the step stays > 0.
         device, dtype: of the learnable step.
@@ -55,6 +57,7 @@ class ContraStep(nn.Module):
         *,
         dim: int | None = None,
         identity: bool = False,
+        scaled_identity: bool = False,
         axis: Axis = "tokens",
         symmetric: bool = False,
         pre_norm: bool = False,
@@ -66,11 +69,14 @@ class ContraStep(nn.Module):
         dtype: torch.dtype | None = None,
         base: dict[str, Any] | None = None,
     ) -> None:
-        check_switches(scale, tau, axis, learnable, positive, implementation, degree)
+        check_positive("scale", scale)
+        check_positive("tau", tau)
+        check_switches(axis=axis, learnable=learnable, positive=positive, implementation=implementation, degree=degree)
         super().__init__(**(base or {}))
         self.scale = scale
         self.tau = tau
         self.identity = identity
+        self.scaled_identity = scaled_identity
         self.axis: Axis = axis
         self.symmetric = symmetric
         self.pre_norm = pre_norm
@@ -97,8 +103,11 @@ class ContraStep(nn.Module):
 
     def take_step(self, x: Tensor, mask: Tensor | None = None, exclude: Tensor | None = None) -> Tensor:
         """`contra_norm` with this module's scale and switches; x (B, N, D) or (N, D)."""
-        form = {name: getattr(self, name) for name in _FORM}
-        return contra_norm(x, self.effective_scale(), mask=mask, exclude=exclude, **form)
+        return apply_step(x, mask=mask, exclude=exclude, **self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """The scale in use and the form, as keywords of `apply_step`."""
+        return {"scale": self.effective_scale()} | {name: getattr(self, name) for name in _FORM}
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The step on x, (B, N, D) or (N, D); `mask`, (B, N) or (N,), is False for rows that neither move nor count."""
@@ -106,7 +115,7 @@ class ContraStep(nn.Module):
 
     def extra_repr(self) -> str:
         """Scale, temperature and form, behind the line of a base class."""
-        names = ("scale", "tau", "identity", "axis", "symmetric", "pre_norm", "learnable", "positive")
+        names = ("scale", *_FORM[:-2], "learnable", "positive")
         return ", ".join([*filter(None, [super().extra_repr()]), *(f"{name}={getattr(self, name)}" for name in names)])
 
 
@@ -116,7 +125,8 @@ class ContraNorm(ContraStep, nn.LayerNorm):
     Source: Guo et al., ICLR 2023, Eq. 6, which prints HHᵀ; the released code, and this layer, take rows of unit length.
 
     Sub-classes nn.LayerNorm and, unless `learnable`, adds no state: its state dict has the keys of a plain LayerNorm,
-    so that checkpoints of vanilla models load.
+    so that checkpoints of vanilla models load. Works under torch.compile(fullgraph=True), torch.export, fx and
+    torch.func, and differentiates twice: the plain form stands in wherever a kernel of its own cannot.
 
     Args:
         dim: number of features D.
@@ -154,23 +164,32 @@ class ContraNorm(ContraStep, nn.LayerNorm):
 
         A single sequence is (1, N, D): rows of (N, D) could as well be pooled vectors, which must not be contrasted.
         """
-        if x.is_nested:  # by nn.TransformerEncoder, without gradients only: in training the padding would count
-            raise ValueError(
-                "ContraNorm got a nested tensor, as nn.TransformerEncoder makes of a padded batch in eval mode: use "
-                "contranorm.convert.replace_layer_norms, which carries the padding mask in training as well, or "
-                "enable_nested_tensor=False"
-            )
-        if x.dim() != 3:
-            raise ValueError(
-                f"ContraNorm contrasts the tokens of a sequence: x must be (B, N, D), got {tuple(x.shape)}. Pooled "
-                "vectors (global_pool='avg') or per-head tensors (qk_norm) need a plain LayerNorm; rows of one graph "
-                "need GraphContraNorm"
-            )
-        return self.normalize(self.take_step(x, mask))
+        return self.normalize(self.take_step(_sequences(x), mask))
 
     def normalize(self, x: Tensor) -> Tensor:
         """The LayerNorm behind the step."""
         return nn.LayerNorm.forward(self, x)
+
+
+def _sequences(x: Tensor) -> Tensor:
+    """X, if it is (B, N, D)."""
+    if x.is_nested:  # by nn.TransformerEncoder, without gradients only: in training the padding would count
+        raise ValueError(
+            "ContraNorm got a nested tensor, as nn.TransformerEncoder makes of a padded batch in eval mode: use "
+            "contranorm.convert.replace_layer_norms, which carries the padding mask in training as well, or "
+            "enable_nested_tensor=False"
+        )
+    if x.dim() != 3:
+        raise ValueError(
+            f"ContraNorm contrasts the tokens of a sequence: x must be (B, N, D), got {tuple(x.shape)}. Pooled "
+            "vectors (global_pool='avg') or per-head tensors (qk_norm) need a plain LayerNorm; rows of one graph "
+            "need GraphContraNorm"
+        )
+    return x
+
+
+for _function in ("apply_step", "_sequences"):
+    torch.fx.wrap(_function)  # symbolic tracing calls them as they are, whatever the shapes will be
 
 
 def _keep_off_the_fast_path(module: nn.Module, args: tuple[Tensor, ...]) -> None:

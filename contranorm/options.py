@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any, Literal, get_args
 
 Axis = Literal["tokens", "features"]
 Implementation = Literal["auto", "plain", "fused", "blocked", "sdpa", "linear"]
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Refuse what is not a finite number > 0.
+
+    Raises:
+        ValueError: the message starts with the name.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's floats are Real too
+        raise ValueError(f"{name} must be > 0, a number, got {value!r}")
+    if not 0 < float(value) < math.inf:
+        reason = ": 0 would be no step at all, and a negative one pulls rows together" if name == "scale" else ""
+        raise ValueError(f"{name} must be {'finite' if value == math.inf else '> 0'}, got {value}{reason}")
+
+
 def check_switches(
-    scale: float = 1.0,
-    tau: float = 1.0,
+    *,
     axis: str = "tokens",
     learnable: bool = False,
     positive: bool = False,
@@ -23,15 +37,13 @@ def check_switches(
     Raises:
         ValueError: the message starts with the switch's name.
     """
-    if not tau > 0:
-        raise ValueError(f"tau must be > 0, got {tau}")
     for name, value, known in (("axis", axis, Axis), ("implementation", implementation, Implementation)):
         if value not in get_args(known):
             raise ValueError(f"{name} must be one of {', '.join(get_args(known))}; got {value!r}")
     if degree not in (1, 2):
         raise ValueError(f"degree must be 1 or 2, got {degree}")
-    if positive and not (learnable and scale > 0):
-        raise ValueError(f"positive needs learnable and scale > 0, got {learnable=} and {scale=}")
+    if positive and not learnable:
+        raise ValueError("positive needs learnable: it trains the logarithm of the step")
 
 
 @dataclass(kw_only=True)
@@ -46,6 +58,9 @@ class ContraNormOptions:
 
     identity: bool | None = None
     """(1+s)·x - s·A·x in place of Eq. 6's x - s·A·x. Unset: the form of this experiment's released code."""
+
+    scaled_identity: bool = False
+    """s·x - s·A·x in place of both: what the released code computes with a learnable step."""
 
     axis: Axis = "tokens"
     """What is contrasted: tokens (or nodes), or features, the paper's D-ContraNorm."""
@@ -84,11 +99,13 @@ class ContraNormOptions:
             ValueError: the message starts with the flag's name.
         """
         try:
-            if self.scale is not None and not self.scale > 0:
-                raise ValueError(f"scale must be > 0, got {self.scale}: 0 would be no ContraNorm at all")
-            free = ("identity", "symmetric", "pre_norm")  # any value is one
-            values = {name: value for name, value in self.switches().items() if name not in free}
-            check_switches(scale=self.scale or 0.0, **values)
+            if self.scale is not None:
+                check_positive("scale", self.scale)
+            check_positive("tau", self.tau)
+            checked = ("axis", "learnable", "positive", "implementation", "degree")
+            check_switches(**{name: getattr(self, name) for name in checked})
+            if self.positive and self.scale is None:
+                raise ValueError("positive needs a scale to start from")
             if self.degree != 2 and self.implementation != "linear":
                 raise ValueError(f"degree belongs to --implementation linear, not {self.implementation}: leave it out")
             if self.axis == "features" and self.implementation != "auto":

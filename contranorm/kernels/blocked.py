@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from contranorm.kernels import masks
+from contranorm.kernels.autograd import differentiable_twice
+from contranorm.kernels.plain import plain_contrast
 
 # Edge of a tile: the two float32 tiles of the backward fill the second-level caches of two to four cores
 # (`python -m benchmarks.layer --tiles` measures other edges).
@@ -140,6 +142,7 @@ class _KernelProduct(torch.autograd.Function):
     def forward(
         ctx: Any, unit: Tensor, w: Tensor, tau: float, excluded: ExcludedPairs, dtype: torch.dtype, tile: int
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(unit, w)
         ctx.settings = (tau, excluded, dtype, tile)
         out = torch.zeros_like(w)
@@ -150,7 +153,9 @@ class _KernelProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
         unit, w = ctx.saved_tensors
         tau, excluded, dtype, tile = ctx.settings
         g, factor = grad.to(dtype).contiguous(), w.to(dtype)
@@ -210,4 +215,9 @@ def blocked_contrast(
     if symmetric:
         column_sums = sums[:, -1:] if excluded.symmetric else product(ones, excluded.transpose())
         contrast = contrast + product(masks.ratio_or_zero(values, column_sums), excluded)
-    return contrast
+
+    def definition(unit: Tensor, values: Tensor) -> Tensor:
+        form: dict[str, Any] = dict(tau=tau, symmetric=symmetric, keep=None, exclude=exclude, dtype=unit.dtype)
+        return plain_contrast(unit.unsqueeze(0), values.unsqueeze(0), **form).squeeze(0)
+
+    return differentiable_twice(contrast, definition, unit, values)

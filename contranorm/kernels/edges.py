@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from contranorm.kernels.masks import entries, is_symmetric, remembered
+from contranorm.kernels.masks import entries, is_symmetric, remembered, rows_of
 
 
 @dataclass(eq=False)
@@ -27,6 +27,11 @@ class Edges:
     order: Tensor
     symmetric: bool
     transposed: Edges = field(init=False)
+
+    @property
+    def rows(self) -> Tensor:
+        """Row of each entry, (E,)."""
+        return rows_of(self.crow, self.columns)
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
         """a_i·b_j of every entry (i, j), (E,), for a and b (N, D)."""

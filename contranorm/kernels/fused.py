@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from contranorm.kernels.masks import kept_columns
-from contranorm.kernels.plain import product_dtype
+from contranorm.kernels.autograd import differentiable_twice
+from contranorm.kernels.masks import kept_columns, with_padding, without_padding
+from contranorm.kernels.plain import plain_contrast, product_dtype
 
 NORM_EPS = 1e-12  # as in torch.nn.functional.normalize
 # Elements of (n, N, N + D) that n sequences taken together may have on a CPU, for each thread.
@@ -34,12 +36,14 @@ class _Step(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, own: float, scale: float, tau: float, keep: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         b, n, _ = x.shape
         x = x.contiguous()
         y = torch.empty_like(x)
         weights = x.new_empty((b, n, n), dtype=dtype)  # A
         inverse = x.new_empty((b, n, 1))  # 1 / ‖x‖
-        for x_, y_, a, inverse_, kept in _together(x, y, weights, inverse, keep=keep):
+        for rows, y_, a, inverse_, kept in _together(x, y, weights, inverse, keep=keep):
+            x_ = rows if kept is None else without_padding(rows, kept)
             norm = torch.linalg.vector_norm(x_, dim=-1, keepdim=True)
             torch.reciprocal(norm.clamp_min_(NORM_EPS), out=inverse_)
             unit = (x_ * inverse_).to(dtype)
@@ -51,19 +55,24 @@ class _Step(torch.autograd.Function):
                 a.mul_(kept.unsqueeze(-1))  # the gradient through A then needs no mask any more
             _product(own, x_, -scale, a, x_, out=y_)
             if kept is not None:
-                torch.where(kept.unsqueeze(-1), y_, x_, out=y_)
+                y_.copy_(with_padding(y_, rows, kept))
         ctx.save_for_backward(x, weights, inverse)
         ctx.settings = (own, scale, tau, keep)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
         x, weights, inverse = ctx.saved_tensors
         own, scale, tau, keep = ctx.settings
         grad = grad.contiguous()
         grad_x = torch.empty_like(x)
-        for x_, g, out, a, inverse_, kept in _together(x, grad, grad_x, weights, inverse, keep=keep):
+        for x_, upstream, out, a, inverse_, kept in _together(x, grad, grad_x, weights, inverse, keep=keep):
+            g = upstream
+            if kept is not None:
+                x_, g = without_padding(x_, kept), without_padding(g, kept)
             unit = (x_ * inverse_).to(a.dtype)
             _product(own, g, -scale, a.mT, g, out=out)
             slope = torch.bmm(g.to(a.dtype), x_.to(a.dtype).mT)  # G, (n, N, N)
@@ -73,7 +82,7 @@ class _Step(torch.autograd.Function):
             grad_unit.addcmul_(unit.to(x.dtype), along, value=-1)  # x̂ stays on the sphere
             out.addcmul_(grad_unit, inverse_, value=-scale / tau)
             if kept is not None:
-                torch.where(kept.unsqueeze(-1), out, g, out=out)
+                out.copy_(with_padding(out, upstream, kept))
         return grad_x, None, None, None, None, None
 
 
@@ -105,6 +114,12 @@ def fused_step(x: Tensor, *, own: float, scale: float, tau: float, keep: Tensor 
     `keep`, bool (B, N), is True for the rows that count; None for all. The others stay as they are.
     """
     dtype = product_dtype(x)
+
+    def definition(x: Tensor) -> Tensor:
+        rows = x if keep is None else without_padding(x, keep)
+        form: dict[str, Any] = dict(tau=tau, symmetric=False, keep=keep, exclude=None, dtype=x.dtype)
+        moved = own * rows - scale * plain_contrast(F.normalize(rows, dim=-1), rows, **form)
+        return moved if keep is None else with_padding(moved, x, keep)
+
     with torch.autocast(x.device.type, enabled=False):
-        result: Tensor = _Step.apply(x, own, scale, tau, keep, dtype)
-    return result
+        return differentiable_twice(_Step.apply(x, own, scale, tau, keep, dtype), definition, x)

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from contranorm.kernels.autograd import differentiable_twice
 from contranorm.kernels.blocked import blocked_contrast
 from contranorm.kernels.edges import Edges, edges_of
 from contranorm.kernels.masks import ratio_or_zero
@@ -70,6 +71,7 @@ class _PolynomialProduct(torch.autograd.Function):
     def forward(ctx: Any, d: Tensor, w: Tensor, coefficients: tuple[float, ...], edges: Edges | None) -> Tensor:
         out, moments = (_affine if len(coefficients) == 2 else _quadratic)(d, w, coefficients)
         ctx.settings = (coefficients, edges)
+        ctx.set_materialize_grads(False)
         if edges is None:
             ctx.save_for_backward(d, w, moments)
             return out
@@ -79,7 +81,9 @@ class _PolynomialProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 4
         d, w, moments, *at_edges = ctx.saved_tensors
         coefficients, edges = ctx.settings
         grad = grad.contiguous()
@@ -92,6 +96,23 @@ class _PolynomialProduct(torch.autograd.Function):
             inner = edges.inner(grad, w).mul_(_evaluate(slope, t))  # (E,)
             grad_d = edges.subtract_both(grad_d, inner, d)
         return grad_d, grad_w, None, None
+
+
+def _product(d: Tensor, w: Tensor, coefficients: tuple[float, ...], edges: Edges | None) -> Tensor:
+    """`_PolynomialProduct`, differentiable twice."""
+
+    def definition(d: Tensor, w: Tensor) -> Tensor:
+        powers = [torch.ones_like(d[:, :1]), d, (d.unsqueeze(2) * d.unsqueeze(1)).flatten(1)]
+        out = torch.zeros_like(w)
+        for c, x in zip(coefficients, powers[: len(coefficients)], strict=True):
+            out = out + c * (x @ (x.mT @ w))
+        if edges is None:
+            return out
+        rows, columns = edges.rows, edges.columns
+        at_edges = _evaluate(coefficients, (d[rows] * d[columns]).sum(dim=1, keepdim=True))
+        return out.index_add(0, rows, at_edges * w[columns], alpha=-1)
+
+    return differentiable_twice(_PolynomialProduct.apply(d, w, coefficients, edges), definition, d, w)
 
 
 def _affine(d: Tensor, w: Tensor, coefficients: tuple[float, ...]) -> tuple[Tensor, Tensor]:
@@ -232,17 +253,17 @@ def linear_contrast(
         if kappa == math.inf or (power > degree and math.comb(unit.shape[1] + power, power) >= unit.shape[0]):
             break
         coefficients = taylor(power, tau)
-        sums = _PolynomialProduct.apply(d, weighted, coefficients, edges)  # (N, C + 1)
+        sums = _product(d, weighted, coefficients, edges)  # (N, C + 1)
         row_sums = sums[:, -1:] if edges is None else edges.empty_is_zero(sums[:, -1:])  # Z̃, (N, 1)
         column_sums = row_sums
         if symmetric and edges is not None and not edges.symmetric:
-            column_sums = edges.transposed.empty_is_zero(_PolynomialProduct.apply(d, r, coefficients, edges.transposed))
+            column_sums = edges.transposed.empty_is_zero(_product(d, r, coefficients, edges.transposed))
         error = kappa * max(_mean_bound(d, spread, total) for total in {row_sums, column_sums})
         if error <= MAX_ERROR:
             contrast = ratio_or_zero(sums[:, :-1], row_sums)
             if symmetric:
                 share = ratio_or_zero(values, column_sums)
-                contrast = contrast + r * _PolynomialProduct.apply(d, share, coefficients, edges)
+                contrast = contrast + r * _product(d, share, coefficients, edges)
             return contrast
     warnings.warn(
         f"implementation='linear': a polynomial may miss the softmax of cos/{tau:g} by {error:.0%} on these features, "

@@ -12,7 +12,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.weak import WeakIdKeyDictionary
+
+from contranorm.kernels.autograd import is_traced, is_transformed
 
 T = TypeVar("T")
 OneSample = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -34,6 +37,22 @@ def ratio_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / denominator.masked_fill(denominator == 0, torch.inf)
 
 
+def without_padding(x: Tensor, keep: Tensor) -> Tensor:
+    """X (B, N, D), 0 in the rows that are not kept: whatever they hold, NaN included, must not count."""
+    if x.is_cuda or is_traced(x) or is_transformed():
+        return x.masked_fill(~keep.unsqueeze(-1), 0.0)
+    dropped = (~keep).flatten().nonzero().squeeze(1)  # rows by number: several times faster on a CPU
+    return x.flatten(0, 1).index_fill(0, dropped, 0.0).view_as(x)
+
+
+def with_padding(moved: Tensor, x: Tensor, keep: Tensor) -> Tensor:
+    """`moved` (B, N, D), with x in the rows that are not kept."""
+    if x.is_cuda or is_traced(x) or is_transformed():
+        return torch.where(keep.unsqueeze(-1), moved, x)
+    dropped = (~keep).flatten().nonzero().squeeze(1)
+    return moved.flatten(0, 1).index_copy(0, dropped, x.flatten(0, 1).index_select(0, dropped)).view_as(moved)
+
+
 def on_kept_rows(
     compute: OneSample, unit: Tensor, values: Tensor, keep: Tensor | None, exclude: Tensor | None
 ) -> Tensor:
@@ -53,8 +72,16 @@ def on_kept_rows(
 
 def entries(pattern: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns of the stored entries, (E,) each, row by row."""
-    counts = pattern.crow_indices().diff().long()
-    return torch.arange(len(counts), device=counts.device).repeat_interleave(counts), pattern.col_indices().long()
+    with temporarily_clear_interpreter_stack():  # torch.func cannot carry sparse tensors
+        crow, columns = pattern.crow_indices(), pattern.col_indices().long()
+    return rows_of(crow, columns), columns
+
+
+def rows_of(crow: Tensor, columns: Tensor) -> Tensor:
+    """Row of each entry, (E,), from where the rows start, (N + 1,), and each entry's column."""
+    rows = torch.arange(crow.shape[0] - 1, device=crow.device)
+    size = columns.shape[0] if crow.is_meta else None  # else it may be another when an exported program runs
+    return rows.repeat_interleave(crow.diff(), output_size=size)
 
 
 def stored_entries(pattern: Tensor) -> Tensor:

@@ -5,10 +5,14 @@ Shapes: `unit` x̂ and `values` v are (B, N, D); `keep` and `exclude` as in `con
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from contranorm.kernels.autograd import differentiable_twice, is_traced
 from contranorm.kernels.masks import kept_columns, softmax_or_zero, stored_entries
 
 
@@ -16,7 +20,7 @@ def plain_contrast(
     unit: Tensor,
     values: Tensor,
     *,
-    tau: float,
+    tau: float | Tensor,
     symmetric: bool,
     keep: Tensor | None,
     exclude: Tensor | None,
@@ -31,7 +35,7 @@ def plain_contrast(
     if keep is not None:
         logits = logits.masked_fill(~(keep.unsqueeze(-1) & keep.unsqueeze(-2)), -torch.inf)
     if exclude is not None:
-        logits = logits.masked_fill(stored_entries(exclude), -torch.inf)
+        logits = logits.masked_fill(exclude if exclude.layout == torch.strided else stored_entries(exclude), -torch.inf)
     weights = softmax_or_zero(logits, dim=-1)
     if symmetric:
         weights = weights + softmax_or_zero(logits, dim=-2)
@@ -42,15 +46,20 @@ def sdpa_contrast(unit: Tensor, values: Tensor, *, tau: float, keep: Tensor | No
     """A·v as attention with q = k = x̂, v = values and scale 1/τ: flash kernels where torch has them."""
     allowed = None if keep is None else kept_columns(keep)[:, None, None, :]
     q, v = unit.to(dtype).unsqueeze(1), values.to(dtype).unsqueeze(1)  # (B, 1, N, D): one head
-    return F.scaled_dot_product_attention(q, q, v, attn_mask=allowed, scale=1 / tau).squeeze(1).to(values.dtype)
+    contrast = F.scaled_dot_product_attention(q, q, v, attn_mask=allowed, scale=1 / tau).squeeze(1).to(values.dtype)
+    if is_traced(unit):
+        return contrast
+
+    def definition(unit: Tensor, values: Tensor) -> Tensor:
+        return plain_contrast(unit, values, tau=tau, symmetric=False, keep=keep, exclude=None, dtype=unit.dtype)
+
+    return differentiable_twice(contrast, definition, unit, values)
 
 
-def feature_contrast(unit: Tensor, values: Tensor, *, tau: float, symmetric: bool, keep: Tensor | None) -> Tensor:
-    """v·softmax_rows(x̂ᵀx̂ / τ), similarities over the kept rows only; (B, N, D)."""
+def feature_contrast(unit: Tensor, values: Tensor, *, tau: float | Tensor, symmetric: bool) -> Tensor:
+    """v·softmax_rows(x̂ᵀx̂ / τ); (B, N, D). Rows of zeros do not count."""
     dtype = product_dtype(unit)
-    if keep is not None:
-        unit = unit * keep.unsqueeze(-1)
-    with torch.autocast(unit.device.type, enabled=False):
+    with no_autocast(unit):
         logits = unit.mT @ unit / tau  # (B, D, D); not bounded by 1/τ, so its rounding would not be either
         weights = logits.softmax(dim=-1)
         if symmetric:
@@ -63,10 +72,15 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a @ b if dtype == a.dtype else (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside, `product_dtype` as it was outside says alone what may be rounded."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """Type of the factors of the matrix products: autocast's where the machine multiplies it in hardware, else x's."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(device):
         return x.dtype
     low = torch.get_autocast_dtype(device)
     if device == "cpu" and not (low == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import product
 
 import pytest
@@ -127,11 +128,12 @@ def test_blocked_equals_plain_in_float32(n, symmetric_edges, edges):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-@given(seeds)
+@given(seeds, st.sampled_from(["plain", "fused", "blocked", "sdpa"]))
 @settings(max_examples=20, deadline=None)
-def test_identity_at_scale_zero(seed):
+def test_a_small_step_is_a_small_move(seed, implementation):
     x = random(2, 9, 5, seed=seed)
-    assert torch.equal(contra_norm(x, 0.0), x)
+    small, unit = (contra_norm(x, s, implementation=implementation) - x for s in (1e-6, 1.0))
+    torch.testing.assert_close(small, 1e-6 * unit, atol=1e-14, rtol=1e-9)
 
 
 @given(seeds, st.floats(0.01, 100.0))
@@ -213,7 +215,7 @@ def test_proposition_effective_rank_rises(seed, scale):
 def test_a_narrow_cone_opens():
     # Table of the method: on a 64 x 16 cone, larger scales lower the mean cosine and raise the effective rank.
     x = random(64, 16) * 0.15 + random(16, seed=9)
-    outputs = [contra_norm(x, s, identity=True) for s in (0.0, 0.2, 0.5, 1.0, 2.0)]
+    outputs = [x, *(contra_norm(x, s, identity=True) for s in (0.2, 0.5, 1.0, 2.0))]
     cosines, ranks = [mean_cosine_similarity(y) for y in outputs], [effective_rank(y) for y in outputs]
     assert cosines == sorted(cosines, reverse=True) and cosines[0] - cosines[-1] > 0.05
     assert ranks == sorted(ranks) and ranks[-1] / ranks[0] > 1.3
@@ -251,6 +253,69 @@ def test_a_sample_that_is_all_padding_stays(implementation):
     assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
 
 
+IMPLEMENTATIONS = ("auto", "plain", "fused", "blocked", "sdpa", "linear")
+SET_FORMS = [{}, dict(pre_norm=True), dict(axis="features"), dict(identity=True)]
+CASES = [*product(IMPLEMENTATIONS, SET_FORMS), *product(("auto", "plain", "blocked", "linear"), ["graph"])]
+
+
+@pytest.mark.parametrize(("implementation", "form"), CASES, ids=str)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e300])
+def test_whatever_padding_holds_does_not_count(implementation, form, poison, edges):
+    x, upstream = random(2, 9, 5).abs(), random(2, 9, 5, seed=1)
+    mask = torch.arange(9) % 4 != 3
+    if form == "graph":
+        x, upstream, form = x[0], upstream[0], dict(exclude=edges(9))
+    else:
+        mask = torch.stack([mask, torch.ones(9, dtype=torch.bool)])
+    upstream = torch.where(mask.unsqueeze(-1), upstream, torch.nan)  # as of a loss that reads the padding
+    poisoned = torch.where(mask.unsqueeze(-1), x, poison)
+    for scale in (0.5, torch.full((5,), 0.5, dtype=x.dtype)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # so few rows are none for the polynomial
+            (want, clean), (got, gradient) = (
+                value_and_gradient(
+                    lambda x: contra_norm(x, scale, mask=mask, implementation=implementation, **form),  # noqa: B023
+                    inputs,
+                    upstream,
+                )
+                for inputs in (torch.where(mask.unsqueeze(-1), x, 0.0), poisoned)
+            )
+        assert want[mask].isfinite().all() and clean[mask].isfinite().all()
+        torch.testing.assert_close(got[mask], want[mask])
+        torch.testing.assert_close(gradient[mask], clean[mask])
+        torch.testing.assert_close(got[~mask], poisoned[~mask], atol=0, rtol=0, equal_nan=True)
+
+
+def test_padding_does_not_reach_a_learned_step():
+    x, step = random(2, 5, 4), torch.full((4,), 0.3, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(5) < torch.tensor([[5], [3]])
+    x[1, 3:] = torch.nan
+    for implementation in ("auto", "plain", "fused", "blocked", "sdpa"):
+        for form in ({}, dict(identity=True), dict(scaled_identity=True)):
+            y = contra_norm(x, step, mask=mask, implementation=implementation, **form)
+            assert torch.autograd.grad(y[mask].sum(), step)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (0, 3), (2, 4, 0), (0, 0, 3)])
+@pytest.mark.parametrize(("implementation", "form"), CASES, ids=str)
+def test_empty_inputs_stay_empty(implementation, form, shape):
+    if form == "graph":
+        shape, form = shape[-2:], dict(exclude=torch.zeros(shape[-2], shape[-2]).to_sparse_csr())
+    x = torch.zeros(shape, requires_grad=True)
+    mask = torch.zeros(shape[:-1], dtype=torch.bool)
+    for settings_ in (form, form | dict(mask=mask)):
+        y = contra_norm(x, 0.5, implementation=implementation, **settings_)
+        assert y.shape == x.shape and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("implementation", ["plain", "fused", "blocked", "sdpa", "linear"])
+def test_scaled_identity_is_the_released_learnable_form(implementation):
+    x = random(2, 30, 5).abs() + 1
+    for scale in (0.7, torch.linspace(0.1, 0.9, 5, dtype=torch.float64)):
+        y = contra_norm(x, scale, scaled_identity=True, implementation=implementation)
+        torch.testing.assert_close(y, contra_norm(x, scale, identity=True, implementation=implementation) - x)
+
+
 @pytest.mark.parametrize("implementation", ["plain", "fused", "blocked", "sdpa", "linear"])
 def test_zero_rows_stay_finite(implementation):
     x = random(9, 5)
@@ -264,7 +329,22 @@ def test_zero_rows_stay_finite(implementation):
     ("kwargs", "names"),
     [
         (dict(tau=0.0), "tau"),
-        (dict(tau=-1.0), "tau"),
+        (dict(tau=-1.0), "tau must be > 0"),
+        (dict(tau=float("nan")), "tau must be > 0"),
+        (dict(tau=float("inf")), "tau must be finite"),
+        (dict(tau="1"), "tau must be > 0, a number"),
+        (dict(tau=None), "tau must be > 0, a number"),
+        (dict(tau=torch.tensor(0.0)), "tau must be > 0"),
+        (dict(tau=torch.ones(3)), "tau must be a number"),
+        (dict(scale=0.0), "scale must be > 0, got 0.0: 0 would be no step"),
+        (dict(scale=-0.5), "scale must be > 0"),
+        (dict(scale=float("nan")), "scale must be > 0"),
+        (dict(scale=float("inf")), "scale must be finite"),
+        (dict(scale=None), "scale must be > 0, a number"),
+        (dict(scale="0.1"), "scale must be > 0, a number"),
+        (dict(scale=True), "scale must be > 0, a number"),
+        (dict(scale=torch.tensor([0.1, 0.0, 0.1, 0.1])), "scale must be > 0"),
+        (dict(scale=torch.tensor(torch.nan)), "scale must be > 0"),
         (dict(axis="rows"), "axis"),
         (dict(implementation="fast"), "implementation"),
         (dict(degree=3), "degree"),

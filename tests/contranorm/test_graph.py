@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+
+import gnn.pyg  # noqa: F401  # isort: skip  (PyG without its deprecation warnings: before PyG's own names)
 from torch_geometric.data import Batch, Data
 from torch_geometric.nn import GAT, GCN, GIN, GraphSAGE
 from torch_geometric.utils import erdos_renyi_graph, to_dense_adj, to_undirected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -18,7 +20,8 @@ def x() -> torch.Tensor:
 def test_repr_names_the_switches():
     text = repr(ContraNorm(6, 0.1, tau=2.0, symmetric=True))
     assert text.startswith("ContraNorm((6,), eps=1e-05") and "scale=0.1, tau=2.0" in text and "symmetric=True" in text
-    assert repr(GraphContraNorm(0.5)).startswith("GraphContraNorm(scale=0.5, tau=1.0, identity=False, axis=tokens")
+    text = repr(GraphContraNorm(0.5))
+    assert text.startswith("GraphContraNorm(scale=0.5, tau=1.0, identity=False, scaled_identity=False, axis=tokens")
     assert repr(PairNorm("PN-SI", 2.0)) == "PairNorm(PN-SI, scale=2.0)"
 
 
@@ -42,8 +45,10 @@ def test_is_a_layer_norm_after_the_contrastive_step(x, kwargs):
     torch.testing.assert_close(layer(x), want)
 
 
-def test_scale_zero_is_bitwise_a_layer_norm(x):
-    assert torch.equal(ContraNorm(6, 0.0)(x), nn.LayerNorm(6)(x))
+def test_a_small_scale_is_nearly_a_layer_norm(x):
+    difference = (ContraNorm(6, 1e-3)(x) - nn.LayerNorm(6)(x)).abs().max()
+    assert 0 < difference < 1e-2
+    torch.testing.assert_close(ContraNorm(6, 1e-30)(x), nn.LayerNorm(6)(x))
 
 
 def test_state_dict_of_a_vanilla_model_loads():
@@ -80,11 +85,28 @@ def test_a_learnable_scale_starts_where_it_should_and_learns(x, positive):
     torch.testing.assert_close(layer(x), fixed(x))
 
 
-@pytest.mark.parametrize("kwargs", [dict(positive=True), dict(positive=True, learnable=True, scale=0.0)])
-def test_positive_needs_a_learnable_positive_scale(kwargs):
-    kwargs = {"scale": 0.1, **kwargs}
-    with pytest.raises(ValueError, match="positive"):
-        ContraNorm(6, kwargs.pop("scale"), **kwargs)
+def test_positive_needs_a_learnable_scale():
+    with pytest.raises(ValueError, match="positive needs learnable"):
+        ContraNorm(6, 0.1, positive=True)
+
+
+def test_a_learned_step_may_have_any_sign(x):
+    layer = ContraNorm(6, 0.3, learnable=True)
+    with torch.no_grad():
+        layer.step.fill_(-0.2)
+    assert layer(x).isfinite().all()
+    layer.requires_grad_(False)
+    assert layer(x).isfinite().all()
+
+
+def test_scaled_identity_is_the_released_learnable_form(x):
+    layer = ContraNorm(6, 0.3, learnable=True, scaled_identity=True)
+    with torch.no_grad():
+        layer.step.uniform_(-1, 1)
+    moved = layer.step * x - layer.step * (x - contra_norm(x, 1.0))  # s x - s A x
+    torch.testing.assert_close(layer(x), F.layer_norm(moved, (6,)), atol=1e-5, rtol=1e-4)
+    fixed = (ContraNorm(6, s, scaled_identity=True, eps=0.0)(x) for s in (0.1, 5.0))
+    torch.testing.assert_close(*fixed)  # a constant step drops out
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 5, 6)])
@@ -137,12 +159,16 @@ def test_a_learnable_step_needs_the_number_of_features(layer):
         layer(0.3, learnable=True)
 
 
-@pytest.mark.parametrize("wrong", [dict(tau=0.0), dict(axis="rows"), dict(degree=3), dict(implementation="fast")])
+WRONG = [dict(axis="rows"), dict(degree=3), dict(implementation="fast")]
+WRONG += [{name: value} for name in ("tau", "scale") for value in (0.0, -1.0, float("nan"), float("inf"), None, "0.1")]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_senseless_switches_are_named_when_a_layer_is_made(wrong):
     (name,) = wrong
-    for make in (lambda **w: ContraNorm(6, 0.1, **w), lambda **w: GraphContraNorm(0.1, **w)):
-        with pytest.raises(ValueError, match=name):
-            make(**wrong)
+    for make in (functools.partial(ContraNorm, 6), ContraStep, GraphContraNorm):
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            make(**{"scale": 0.1, **wrong})
     with pytest.raises(ValueError, match="not nodes"):
         GraphContraNorm(0.1, axis="features")
 
