@@ -50,6 +50,10 @@ def load_backbone(config: Config, task: Task) -> tuple[PreTrainedModel, PreTrain
     name = resolve(config.model_name_or_path)
     flag = f"--model_name_or_path {name}"
     try:
+        if not Path(name).is_dir():
+            from contranorm.probe import use_cache_if_offline  # here, since it imports what draws figures
+
+            use_cache_if_offline(name)
         vanilla = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, StrictDataclassError) as error:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from contranorm import ContraStep
-from contranorm.options import check_positive, check_switches
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -49,10 +48,7 @@ def check_settings(config: PretrainedConfig) -> None:
         raise ValueError(f"sites names a site twice: {', '.join(config.sites)}")
     if config.sites and config.scale is None:
         raise ValueError("sites without scale: ContraNorm's step size has no default, give scale=0.01 or the like")
-    if config.scale is not None:
-        check_positive("scale", config.scale)
-    check_positive("tau", config.tau)
-    check_switches(learnable=config.learnable, positive=config.positive)
+    config.check_switches()
     in_chunks = [site for site in config.sites if site in FEED_FORWARD_SITES]
     if config.chunk_size_feed_forward > 0 and in_chunks:
         raise ValueError(

@@ -165,7 +165,7 @@ def train(setup: TrainingSetup, run: Run) -> Progress:
                     setup.scheduler.step()
                     p.step += 1
                     if bar.update():  # the display is due, once a second at most
-                        bar.set_description(f"loss {p.loss_sum.item() / p.batches:.4f}")
+                        bar.set_description(f"loss {p.loss_sum.item() / p.batches:.4f}", refresh=False)
                     if run.agree_to_stop() or (every and p.step % every == 0):
                         run.checkpoint(p.step, checkpoint_state(setup, p))
 
