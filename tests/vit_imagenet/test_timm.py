@@ -16,8 +16,6 @@ from contranorm import ContraNorm
 from ViT_imagenet import models
 
 SIDE = 32
-# Remove when contranorm's kernels choose plain while they are traced; the vanilla models pass already.
-WAITS = pytest.mark.xfail(reason="ContraNorm's kernels cannot be traced yet", strict=False)
 BASES = ("deit_micro_patch8_32", "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224")
 
 
@@ -156,20 +154,21 @@ def test_jit_trace(name: str, images: Tensor) -> None:
         torch.testing.assert_close(traced(images), model(images))
 
 
-@pytest.mark.xfail(reason="torch has deprecated it; the kernels are autograd functions, which it cannot compile")
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_jit_script(name: str, images: Tensor) -> None:
     model = build(name)
-    torch.testing.assert_close(torch.jit.script(model)(images), model(images))
+    if name.endswith(models.SUFFIX):  # torch has deprecated it, and it cannot compile functions with their own gradient
+        with pytest.raises(Exception, match="(?i)compil|script|support"):
+            torch.jit.script(model)
+    else:
+        torch.testing.assert_close(torch.jit.script(model)(images), model(images))
 
 
-@WAITS
 def test_symbolic_trace(name: str, images: Tensor) -> None:
     model = build(name)
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(images), model(images))
 
 
-@WAITS
 def test_export_with_a_dynamic_batch(name: str, images: Tensor) -> None:
     model = build(name)
     exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
@@ -177,7 +176,6 @@ def test_export_with_a_dynamic_batch(name: str, images: Tensor) -> None:
     torch.testing.assert_close(exported(more), model(more))
 
 
-@WAITS
 def test_compile_without_a_break(name: str, images: Tensor) -> None:
     model = build(name)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -185,7 +183,6 @@ def test_compile_without_a_break(name: str, images: Tensor) -> None:
         torch.testing.assert_close(compiled(images), model(images))
 
 
-@WAITS
 def test_meta_device(name: str, images: Tensor) -> None:
     with torch.device("meta"):
         model = build(name)
