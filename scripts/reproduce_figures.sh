@@ -3,8 +3,8 @@
 #   graph runs        accuracy against depth per data set; against the step's scale where several were run; where runs
 #                     were probed, collapse per layer
 #   image runs        accuracy against depth per model; learning curves where metrics.jsonl is there
-# The figures are written beside the records, as SVG and PNG. results/flags holds one cell computed in several ways, which
-# is no curve: `python -m benchmarks.flags` tabulates it. `python -m repro.report.check` tells whether they are up to date.
+# The figures are written beside the records, as SVG and PNG. results/flags and results/table3_exact hold single cells,
+# which are no curves. `python -m repro.report.check` tells whether they are up to date.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
@@ -20,7 +20,7 @@ draw() { "$PYTHON" -m repro.report.figures --records "$folder" "$@"; }
 drawn=0
 for folder in "$RESULTS"/*/; do
     folder="${folder%/}"
-    if [ "${folder##*/}" = flags ]; then continue; fi
+    case "${folder##*/}" in flags | table3_exact) continue ;; esac
     if holds '"experiment": "gnn"'; then
         draw --each data --output "$folder/depth"
         if [ "$(scales | wc -l)" -gt 1 ]; then

@@ -23,6 +23,7 @@ _RENAMED = {"norm_scale": "scale", "temp": "tau", "dual_norm": "symmetric", "use
 # Switches that came later: a record without them was made by the form that they now default to.
 _LATER: dict[str, Any] = {
     "axis": "tokens",
+    "scaled_identity": False,
     "symmetric": False,
     "pre_norm": False,
     "learnable": False,
