@@ -182,8 +182,7 @@ class Config(ContraNormOptions, RunConfig):
         sites = sorted(self.sites_in(self.architecture), key=list(SITES).index)
         if not sites:
             return CellLabel(self.task, self.model, "vanilla", depth=self.num_hidden_layers)
-        method = f"{'D-' if self.axis == 'features' else ''}ContraNorm s={self.scale:g}"
-        method += "" if sites == [PAPERS_SITE] else f" at {'+'.join(sites)}"
+        method = self.step_name() + ("" if sites == [PAPERS_SITE] else f" at {'+'.join(sites)}")
         order = (1, self.scale, *(list(SITES).index(site) for site in sites))
         return CellLabel(self.task, self.model, method, order, self.num_hidden_layers, self.scale)
 

@@ -251,8 +251,7 @@ class Config(ContraNormOptions, RunConfig):
         cell = {"data": self.data_set, "model": self.model, "depth": self.depth, "scale": self.scale}
         if self.norm == "vanilla" or self.scale is None:
             return CellLabel(**cell, method="vanilla")
-        name = "D-ContraNorm" if self.axis == "features" else "ContraNorm"
-        return CellLabel(**cell, method=f"{name} s={self.scale:g}", order=(1, self.scale))
+        return CellLabel(**cell, method=self.step_name(), order=(1, self.scale))
 
     @property
     def mixes(self) -> bool:

@@ -88,6 +88,11 @@ class ContraNormOptions:
         names = [f.name for f in fields(ContraNormOptions) if f.name != "scale"]
         return {name: getattr(self, name) for name in names}
 
+    def step_name(self, form: str = "") -> str:
+        """What tables call the step, say "ContraNorm (Eq. 6) s=0.5"; `form` is named where it is not the usual one."""
+        form = "scaled identity" if self.scaled_identity else form
+        return f"{'D-' if self.axis == 'features' else ''}ContraNorm{f' ({form})' if form else ''} s={self.scale:g}"
+
     def changed_switches(self) -> list[str]:
         """The names of those that differ from their default: without ContraNorm none of them may be given."""
         return [f.name for f in fields(ContraNormOptions) if getattr(self, f.name) != f.default]

@@ -151,7 +151,7 @@ class Config(ContraNormOptions, RunConfig):
         """The cell of a table that this run belongs to."""
         method, scale = ("vanilla" if self.norm_mode == "None" else self.norm_mode), self.scale
         if self.norm_mode == "CN":
-            method = f"ContraNorm{'' if self.identity else ' (Eq. 6)'} s={scale:g}"
+            method = self.step_name("" if self.identity else "Eq. 6")
         elif scale not in (None, 1):
             method += f" s={scale:g}"
         if self.use_layer_norm:

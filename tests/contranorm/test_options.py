@@ -56,3 +56,10 @@ def test_the_released_flags_are_aliases():
 
     config = parse_config(Config, ["--norm_scale", "0.2", "--temp", "0.5", "--dual-norm", "--no_identity"], prog="test")
     assert (config.scale, config.tau, config.symmetric, config.identity) == (0.2, 0.5, True, False)
+
+
+def test_the_step_s_name_in_tables():
+    assert ContraNormOptions(scale=1.0).step_name() == "ContraNorm s=1"
+    assert ContraNormOptions(scale=0.5).step_name("Eq. 6") == "ContraNorm (Eq. 6) s=0.5"
+    assert ContraNormOptions(scale=0.1, axis="features").step_name() == "D-ContraNorm s=0.1"
+    assert ContraNormOptions(scale=0.1, scaled_identity=True).step_name() == "ContraNorm (scaled identity) s=0.1"

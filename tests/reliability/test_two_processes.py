@@ -74,7 +74,7 @@ def test_one_of_two_processes_dies(tmp_path: Path, figures: dict[str, Any]) -> N
     victims = [int((output / f"pid-{rank}").read_text()) for rank in (0, 1)]
     killed = time.monotonic()
     os.kill(victims[1], signal.SIGKILL)
-    assert process.wait(timeout=250) != 0
+    assert process.wait(timeout=60) != 0
     seconds = time.monotonic() - killed
     assert not [pid for pid in victims if psutil.pid_exists(pid)], "a process was left behind"
     told = (tmp_path / "log1").read_text()
@@ -84,6 +84,7 @@ def test_one_of_two_processes_dies(tmp_path: Path, figures: dict[str, Any]) -> N
     process.wait(timeout=250)
     record = json.loads((output / "record.json").read_text())
     assert record["metrics"]["x"] == sum(3 * step for step in range(40)) and record["metrics"]["start"] > 0
+    assert seconds < 60
     figures["one of two processes killed"] = {
         "kills": 1,
         "seconds until the other ended": round(seconds, 1),
