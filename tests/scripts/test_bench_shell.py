@@ -81,7 +81,7 @@ def test_table_3_runs_the_sweep_then_tables_and_figures_that_accept_their_argume
 ):
     results = tmp_path / "table3" / "runs"
     write_graph_runs(results)
-    done, calls = shell("scripts/reproduce_table3.sh", "--jobs", "1", RESULTS=str(results))
+    done, calls = shell("scripts/reproduce_table3.sh", "--jobs", "1", RESULTS=str(results), RECORDS="")
     assert done.returncode == 0, done.stderr
     assert [call[1] for call in calls] == [
         "repro.sweep",
@@ -101,21 +101,21 @@ def test_table_3_runs_the_sweep_then_tables_and_figures_that_accept_their_argume
         in (results.parent / "table3_chosen.md").read_text()
     )
     for flag in ("--dry-run", "--status"):
-        _, calls = shell("scripts/reproduce_table3.sh", flag, RESULTS=str(results))
+        _, calls = shell("scripts/reproduce_table3.sh", flag, RESULTS=str(results), RECORDS="")
         assert [call[1] for call in calls] == ["repro.sweep"]
-    done, calls = shell("scripts/reproduce_table3.sh", RESULTS=str(results), FAILING="repro.sweep")
+    done, calls = shell("scripts/reproduce_table3.sh", RESULTS=str(results), RECORDS="", FAILING="repro.sweep")
     assert done.returncode == 5 and [call[1] for call in calls] == ["repro.sweep"]
 
 
 def test_figures_are_drawn_from_whatever_records_there_are(shell, tmp_path, monkeypatch, capsys):
     results = tmp_path / "results"
-    done, calls = shell("scripts/reproduce_figures.sh", RESULTS=str(results))
+    done, calls = shell("scripts/reproduce_figures.sh", RESULTS=str(results), RECORDS="")
     assert done.returncode == 2 and "no records" in done.stderr and calls == []
     write_graph_runs(results / "table3" / "runs", probe=True)
     write(results / "table2" / "runs" / "a", "ViT_imagenet", {"data_set": "IMNET100", "model": "tiny", "depth": 12,
           "norm": "layer", "scale": None, "seed": 0}, {"test_accuracy": 0.5})  # fmt: skip
     write(results / "glue" / "runs" / "a", "BERT_glue", {"seed": 0}, {"score": 0.5})
-    done, calls = shell("scripts/reproduce_figures.sh", RESULTS=str(results))
+    done, calls = shell("scripts/reproduce_figures.sh", RESULTS=str(results), RECORDS="")
     assert done.returncode == 0, done.stderr
     assert [call[1] for call in calls] == ["repro.report.figures"] * 4
     assert [call[call.index("--kind") + 1] for call in calls if "--kind" in call] == ["scale", "collapse"]
@@ -130,7 +130,7 @@ def test_figures_are_drawn_from_whatever_records_there_are(shell, tmp_path, monk
 def test_figures_are_drawn_from_the_committed_results(shell, tmp_path, root):
     results = tmp_path / "results"
     shutil.copytree(root / "results", results, ignore=shutil.ignore_patterns("*.png", "*.svg"))
-    done, calls = shell("scripts/reproduce_figures.sh", RESULTS=str(results))
+    done, calls = shell("scripts/reproduce_figures.sh", RESULTS=str(results), RECORDS="")
     assert done.returncode == 0, done.stderr
     for call in calls:
         if call[1] == "repro.report.figures":

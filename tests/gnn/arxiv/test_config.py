@@ -78,7 +78,7 @@ def test_where_and_how_a_run_is_computed_does_not_tell_cells_apart() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--attn-drop 0.1", "attn-drop"),
+        ("--attn-drop 0.1", "attn_drop"),
         ("--mode student", "--teacher"),
         ("--teacher t", "--mode student"),
         ("--scale 1", "--scale belongs to --norm ContraNorm"),
@@ -109,7 +109,7 @@ def test_refused(line: str, message: str) -> None:
 
 def test_bad_input_is_one_line_and_exit_code_2(python: str, tmp_path: Path) -> None:
     for line, message in [
-        ("--attn-drop 0.1", "attn-drop"),
+        ("--attn-drop 0.1", "attn_drop"),
         (f"--mode student --data cora --teacher {tmp_path}/none", "no finished teacher"),
         (f"--features giant --data_root {tmp_path}", "could not be fetched"),
     ]:

@@ -153,7 +153,8 @@ def test_an_experiment_that_is_not_known_has_no_cell():
 # -- every record that there is --------------------------------------------------------------------------------------
 
 OLD_KEYS = {
-    "gnn": ("data", "nlayer", "norm_mode", "norm_scale", "use_layer_norm", "implementation", "degree", "eval_every"),
+    "gnn": ("data", "nlayer", "norm_mode", "norm_scale", "use_layer_norm", "identity", "implementation", "degree",
+            "eval_every"),
     "BERT_glue": ("task_name", "scale", "sites", "pos", "group_by_length", "compact_embeddings", "skip_unread_tokens",
                   "fused_optimizer", "cheap_dropout"),
     "ViT_imagenet": ("data_set", "depth", "norm", "scale", "cache", "mixed_precision", "channels_last",
@@ -175,25 +176,33 @@ def check_file(path):
         old = [r for r in raw if r["experiment"] == experiment]
         by_cell: dict[tuple[str, ...], list[float]] = {}
         for one in old:
-            key = tuple(_text(one["config"].get(name)) for name in OLD_KEYS[experiment])
+            key = tuple(_text(one["config"].get(name), name) for name in OLD_KEYS[experiment])
             by_cell.setdefault(key, []).append(one["metrics"][METRIC[experiment]])
         keys = [NEW_NAMES.get(name, name) for name in OLD_KEYS[experiment]]
         keys = [name for name in keys if name in part]
         cells = aggregate(part, keys, METRIC[experiment])
-        expected = sorted(
+        expected = in_order(
             (statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else -1, len(v)) for v in by_cell.values()
         )
-        found = sorted((c["mean"], -1 if math.isnan(c["std"]) else c["std"], c["n"]) for c in cells.to_dict("records"))
+        spreads = ((c["mean"], -1 if math.isnan(c["std"]) else c["std"], c["n"]) for c in cells.to_dict("records"))
+        found = in_order(spreads)
         assert len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):
             assert one == pytest.approx(other, abs=1e-12)
         # The cell's own fields tell the runs apart as finely, but for how they were computed.
-        modes = {tuple(_text(r["config"].get(k)) for k in OLD_KEYS["gnn"][:5]) for r in old if experiment == "gnn"}
+        modes = {tuple(_text(r["config"].get(k), k) for k in OLD_KEYS["gnn"][:6]) for r in old if experiment == "gnn"}
         if experiment == "gnn":
             assert len(modes) == len(part[["data", "method", "depth"]].drop_duplicates())
 
 
-def _text(value):
+def in_order(cells):
+    """By mean, then spread; means that differ by rounding alone are one."""
+    return sorted(cells, key=lambda cell: tuple(round(number, 9) for number in cell))
+
+
+def _text(value, name=""):
+    if name == "identity":  # once the only form, and no setting of other norms
+        return "Eq. 6" if value is False else ""
     return "" if value is None else str(value)
 
 
