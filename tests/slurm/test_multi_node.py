@@ -24,7 +24,8 @@ def submit(cluster: Any, python: str, tmp_path: Path, root: Path, until: Until) 
             str(root / "scripts/multi_node.sbatch"), "cell", "--seed=1", f"--until={tmp_path / 'go'}",
             f"--output_dir={tmp_path / 'run'}",
         )  # fmt: skip
-        until((tmp_path / "run" / "state.json").exists, 60, "the run's first step")
+        state = tmp_path / "run" / "state.json"
+        until(lambda: state.exists() and json.loads(state.read_text())[0] == 2, 60, "the step in which the run waits")
         return str(job)
 
     return start
