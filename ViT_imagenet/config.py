@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from contranorm.options import ContraNormOptions
-from repro.config import CellLabel, RunConfig, default_data_root
+from repro.config import CellLabel, RunConfig
 from repro.errors import UserError
 
 FUSED_OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -240,11 +240,9 @@ class Config(ContraNormOptions, RunConfig):
             raise ValueError(f"--class_list chooses class folders; --data_set {self.data_set} has none")
 
     def check_folders(self) -> None:
-        """Refuse folders that were named and are not there, before anything is loaded."""
-        named = {"data_path": self.data_path, "data_root": self.data_root}
-        for name, folder in named.items():
-            if folder not in (None, default_data_root()) and not Path(folder).is_dir() and not self.download:
-                raise UserError(f"--{name} {folder}: no such folder")
+        """Refuse a data_path that is not there, before anything is loaded; `RunConfig` does so for data_root."""
+        if self.data_path is not None and not Path(self.data_path).is_dir() and not self.download:
+            raise UserError(f"--data_path {self.data_path}: no such folder")
 
     def label(self) -> CellLabel:
         """Data set, model and depth; vanilla, or ContraNorm with its step."""

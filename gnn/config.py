@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 from contranorm.options import ContraNormOptions
-from repro.config import CellLabel, RunConfig, default_data_root
+from repro.config import CellLabel, RunConfig
 
 DataName = Literal[
     "cora", "citeseer", "pubmed", "chameleon", "squirrel", "texas", "wisconsin", "cornell", "actor", "dblp",
@@ -105,8 +104,6 @@ class Config(ContraNormOptions, RunConfig):
     second one is no faster there, and slows down whatever else the machine runs."""
 
     def __post_init__(self) -> None:
-        if self.data_root != default_data_root() and not Path(self.data_root).is_dir():
-            raise ValueError(f"--data_root {self.data_root}: no such folder")
         for name in ("hid", "nhead", "nlayer", "epochs", "residual", "checkpoint_every", "eval_every"):
             value, low = getattr(self, name), 0 if name == "residual" else 1
             if value is not None and value < low:

@@ -8,6 +8,7 @@ from pathlib import Path
 from gnn.arxiv.config import Config
 from repro.config import parse_config
 from repro.errors import run_main
+from repro.run.track import is_done
 
 PRELOAD = ("gnn.arxiv.train",)  # what a process that starts many runs imports beforehand
 
@@ -17,7 +18,7 @@ def train_cell(config: Config) -> None:
     from gnn.arxiv.train import prepare, train
     from repro.run.run import Run
 
-    finished = (Path(config.output_dir) / "record.json").exists()
+    finished = is_done(Path(config.output_dir))
     setup = None if finished else prepare(config)  # before Run: bad input leaves no folder; a finished run needs none
     with Run(config.output_dir, "arxiv", config, report_to=config.report_to) as run:
         if setup is not None and not run.done:
