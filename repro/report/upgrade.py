@@ -21,7 +21,7 @@ _EXECUTION_FIELDS = [
 ]  # fmt: skip
 _RENAMED = {"norm_scale": "scale", "temp": "tau", "dual_norm": "symmetric", "use_v2": "axis"}
 # Switches that came later: a record without them was made by the form that they now default to.
-_LATER: dict[str, Any] = {
+_LATER_SWITCHES: dict[str, Any] = {
     "axis": "tokens",
     "scaled_identity": False,
     "symmetric": False,
@@ -31,10 +31,12 @@ _LATER: dict[str, Any] = {
     "degree": 2,
 }
 _LATER_OF: dict[str, dict[str, Any]] = {
-    "gnn": {"nhead": 1, "fea_norm": True},
-    "BERT_glue": {},
-    "ViT_imagenet": {"bce_loss": False, "three_augment": False, "src": False, "effective_batch": None},
-}
+    "gnn": _LATER_SWITCHES | {"nhead": 1, "fea_norm": True},
+    "BERT_glue": _LATER_SWITCHES,
+    "ViT_imagenet": _LATER_SWITCHES | {
+        "bce_loss": False, "three_augment": False, "src": False, "effective_batch": None
+    },
+}  # fmt: skip
 _NORMS = "None LN PN PN-SI PN-SCS BatchNorm DiffGroupNorm MeanSubtractionNorm GraphNorm MessageNorm CN".split()
 _SITES = (
     "layer_input attention_context attention_output attention_sum attention_norm ffn_output ffn_sum ffn_norm".split()
@@ -48,8 +50,9 @@ def upgrade(record: dict[str, Any], where: str) -> dict[str, Any]:
         UserError: the record's schema is newer than this code, or no number.
     """
     schema = record.get("schema", 1)
-    if schema == SCHEMA:
-        return record
+    later = _LATER_OF.get(record["experiment"], {}) if "experiment" in record else {}
+    if schema == SCHEMA:  # only settings may be missing, which came later
+        return record | {"config": later | record["config"]} if later else record
     if schema != 1:
         raise UserError(f"{where}: record of schema {schema!r}, this version reads up to {SCHEMA}: update the checkout")
     config = {_RENAMED.get(name, name): value for name, value in record["config"].items()}
@@ -57,7 +60,7 @@ def upgrade(record: dict[str, Any], where: str) -> dict[str, Any]:
         config["axis"] = "features" if config["axis"] else "tokens"
     cell_of = {"gnn": _gnn_cell, "BERT_glue": _bert_cell, "ViT_imagenet": _vit_cell}.get(record["experiment"])
     if cell_of:
-        config = _LATER | _LATER_OF[record["experiment"]] | config
+        config = later | config
     replaced = {"schema", "experiment", "probe", "collapse"}
     replaced |= {"task", "model", "norm"} if record["experiment"] == "BERT_glue" else set()  # the cell says these
     new = {

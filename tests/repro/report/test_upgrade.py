@@ -30,7 +30,11 @@ def test_the_schema_is_that_of_what_a_run_writes():
 
     assert run.SCHEMA == SCHEMA
     new = record() | {"schema": SCHEMA}
-    assert upgrade(new, "here") is new
+    assert upgrade(new | {"experiment": "other"}, "here") == new | {"experiment": "other"}
+    # A setting that came after the record has the value that it stood for; one that the record names stays.
+    read = upgrade(new | {"config": new["config"] | {"nhead": 4}}, "here")
+    assert read["config"]["fea_norm"] is True and read["config"]["nhead"] == 4
+    assert {**read, "config": 0} == {**new, "config": 0} and "fea_norm" not in new["config"]
     for schema in (SCHEMA + 1, 0, "1", None):
         with pytest.raises(UserError, match=r"here:3: record of schema .*: update the checkout") as refused:
             upgrade(record() | {"schema": schema}, "here:3")
