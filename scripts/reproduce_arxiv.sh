@@ -75,8 +75,7 @@ for argument in "$@"; do
 done
 folder="$(dirname "$RESULTS")"
 for metric in validation_accuracy test_accuracy; do
-    "$PYTHON" -m repro.report.tables --records "$RESULTS" --rows data,method,depth --columns model --metric "$metric" \
-        --output "$folder/$metric.md"
+    "$PYTHON" -m repro.report.tables --preset arxiv --records "$RESULTS" --metric "$metric" --output "$folder/$metric.md"
 done
 case " $ARMS " in *" dcn"*) "$PYTHON" -m gnn.arxiv.activity --records "$RESULTS" --output "$folder/activity.png" ;; esac
 exit "$status"

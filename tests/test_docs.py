@@ -18,7 +18,8 @@ from repro.report import readme
 ROOT = Path(__file__).resolve().parent.parent
 # Rooms whose docstrings, comments, help texts and READMEs are searched for `python -m ...` lines.
 ROOMS = ("contranorm", "benchmarks", "repro/report")
-PAGES = [p for p in [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))] if ".venv" not in p.parts]
+PAGES = [p for pattern in ("README.md", "*/README.md", "*/*/README.md") for p in sorted(ROOT.glob(pattern))]
+PAGES = [page for page in PAGES if ".venv" not in page.parts]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

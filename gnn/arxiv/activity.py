@@ -2,7 +2,8 @@
 
 Left the relative move ‖y - x‖ / ‖x‖, right the mean of 1 - A_aa, which is 0 where the softmax over features is the
 identity matrix; one curve for each method, depth and layer: the mean over seeds, on an axis that is logarithmic above
-1e-8 and linear below.
+1e-8 and linear below. Without `--output` a table: the relative move at initialization, its median over training, its
+end.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 
 from repro.config import parse_config
 from repro.errors import UserError, run_main
 from repro.report import figures
 from repro.report.records import iterate_records
+from repro.report.tables import markdown_table
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend first: no display is needed)
@@ -37,8 +40,8 @@ class Config:
 
     records: str
     """Folder of runs, record file or glob pattern."""
-    output: str
-    """The figure; its ending chooses the format, without one .svg and .png are written."""
+    output: str | None = None
+    """The figure; its ending chooses the format, without one .svg and .png are written. Unset: print a table."""
     mode: str = "teacher"
     """Which runs: teacher or student."""
 
@@ -83,10 +86,29 @@ def draw(found: dict[Key, list[dict[str, Any]]]) -> plt.Figure:
     return figure
 
 
+def table(found: dict[Key, list[dict[str, Any]]]) -> pd.DataFrame:
+    """The relative move of each layer, mean over seeds."""
+    rows = []
+    for (data, method, depth), runs in found.items():
+        moves = np.mean([run["relative_move"] for run in runs], axis=0)  # (epochs, layers)
+        for layer, values in enumerate(moves.T, start=1):
+            numbers = {"at initialization": values[0], "median": np.median(values), "at the end": values[-1]}
+            row = {"data": data, "layers": depth, "method": method, "norm after layer": layer, "runs": len(runs)}
+            rows.append(row | {name: f"{value:.1g}" for name, value in numbers.items()})
+    return pd.DataFrame(rows)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(Config, argv, prog="python -m gnn.arxiv.activity", description=__doc__ or "")
-    figure = draw(courses(config.records, config.mode))
+    found = courses(config.records, config.mode)
+    if config.output is None:
+        print(
+            f"Relative move of D-ContraNorm, mean over seeds; mode: {config.mode}.\n\n{markdown_table(table(found))}",
+            end="",
+        )
+        return
+    figure = draw(found)
     words = sys.argv[1:] if argv is None else argv
     for path in figures.write(figure, Path(config.output), shlex.join(["python", "-m", "gnn.arxiv.activity", *words])):
         print(f"written: {path}")

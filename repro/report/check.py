@@ -101,8 +101,9 @@ def check_figures(results: Path, write: bool) -> Iterator[str]:
 
 
 def check_pages(results: Path, write: bool) -> Iterator[str]:
-    """Markdown files with generated blocks that differ, here and one level down, and anywhere below the results."""
-    for path in sorted({*Path().glob("*.md"), *Path().glob("*/README.md"), *results.rglob("*.md")}):
+    """Markdown files with generated blocks that differ, here and two levels down, and anywhere below the results."""
+    rooms = (path for pattern in ("*.md", "*/README.md", "*/*/README.md") for path in Path().glob(pattern))
+    for path in sorted({*rooms, *results.rglob("*.md")}):
         text = path.read_text(encoding="utf-8")
         new, changed = readme.regenerate(text, Path.cwd())
         yield from (f"{path}: differs: {command}" for command in changed)

@@ -1,14 +1,17 @@
-"""Numbers from elsewhere (paper.yaml): the authors', re-runs by others, and the released code as it runs here."""
+"""Numbers from elsewhere (paper.yaml): the authors', re-runs by others, and the released code as it runs here.
+
+`python -m repro.report.published --where '{data: ogbn-arxiv}'` lists them, in %.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from repro.config import load_yaml
-from repro.errors import UserError
+from repro.config import load_yaml, parse_config
+from repro.errors import UserError, run_main
 
 PAPER = Path(__file__).with_name("paper.yaml")
 # Kind → the column that shows it.
@@ -113,3 +116,38 @@ def _fraction(percent: Any, where: str) -> float:
     if isinstance(percent, bool) or not isinstance(percent, (int, float)) or not 0 <= percent <= 100:
         raise UserError(f"{where} {percent!r} is no percentage between 0 and 100")
     return round(percent / 100, 8)
+
+
+@dataclass
+class Config:
+    """Which numbers to list."""
+
+    where: dict[str, Any] = field(default_factory=dict)
+    """Those whose kind, metric or matched column has this value: `--where '{data: cora, depth: 8}'`."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    import pandas as pd
+
+    from repro.report.cells import show, text_of
+    from repro.report.tables import markdown_table
+
+    config = parse_config(Config, argv, prog="python -m repro.report.published", description=__doc__ or "")
+    rows, sources = [], dict[tuple[str, str], None]()
+    for entry in load_entries():
+        row = {**entry.match, "method": entry.match["method"][0], "metric": entry.metric, "kind": entry.kind}
+        if all(str(row.get(name)) == str(value) for name, value in config.where.items()):
+            rows.append(row | {"%": show(entry.mean, entry.std, entry.n)})
+            sources[entry.kind, entry.source] = None
+    if not rows:
+        raise UserError(f"--where {config.where}: no number in {PAPER.name} is of that kind")
+    last = ["method", "metric", "%", "kind"]
+    table = pd.DataFrame(rows, dtype=object)
+    names = [name for name in [*table.columns.difference(last, sort=False), *last] if name not in config.where]
+    print(markdown_table(table[names].map(text_of)))
+    print("".join(f"- {kind}: {source}.\n" for kind, source in sources), end="")
+
+
+if __name__ == "__main__":
+    run_main(main)

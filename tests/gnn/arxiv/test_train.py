@@ -282,12 +282,21 @@ def test_a_loss_that_is_no_number_ends_the_run(config: Make) -> None:
 # -- the figure --------------------------------------------------------------------------------------------------------
 
 
-def test_activity_over_training_is_drawn(config: Make, tmp_path: Path) -> None:
+def test_activity_over_training_is_drawn_and_listed(
+    config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for seed in (0, 1):
         train_cell(config(**DCN, output_dir=str(tmp_path / "runs" / str(seed)), seed=seed, n_epochs=2))
     output = tmp_path / "figures" / "activity.png"
     activity.main(["--records", str(tmp_path / "runs"), "--output", str(output)])
     assert output.stat().st_size > 1000
+    capsys.readouterr()
+    activity.main(["--records", str(tmp_path / "runs")])
+    header, _, *rows = capsys.readouterr().out.splitlines()[2:]
+    moves = [json.loads((tmp_path / "runs" / s / "record.json").read_text())["activity_history"] for s in "01"]
+    assert "at initialization" in header and len(rows) == len(moves[0]["relative_move"][0])
+    first = sum(move["relative_move"][0][0] for move in moves) / 2
+    assert rows[0].split("|")[5:7] == [" 2    ", f" {first:.1g}".ljust(len(header.split("|")[6]))]
     with pytest.raises(UserError, match="no student with D-ContraNorm"):
         activity.main(["--records", str(tmp_path / "runs"), "--output", str(output), "--mode", "student"])
 

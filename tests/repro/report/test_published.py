@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from repro.errors import UserError
-from repro.report.published import BEST_SCALE, KINDS, PAPER, Entry, load_entries
+from repro.report.published import BEST_SCALE, KINDS, PAPER, Entry, load_entries, main
 
 GROUP = {
     "source": "s", "kind": "authors", "metric": "test_accuracy", "by": "depth", "match": {"data": "cora"},
@@ -187,3 +187,14 @@ def test_reference_runs_are_those_of_the_collection(data_root):
         assert [found.mean, found.std, found.n] == pytest.approx(values, abs=1e-9)
         assert found.match["data"] == row["data"]
     assert left == []
+
+
+def test_the_numbers_are_listed(capsys):
+    main(["--where", "{data: cora, depth: 8, kind: authors}"])
+    lines = capsys.readouterr().out.splitlines()
+    chosen = [e for e in load_entries() if (e.match["data"], e.match.get("depth"), e.kind) == ("cora", 8, "authors")]
+    assert len(chosen) == 4 and len([line for line in lines if line.startswith("| gnn")]) == 4
+    assert all(any(f"| {e.mean * 100:.2f}" in line for line in lines) for e in chosen)
+    assert lines[-1] == f"- authors: {chosen[0].source}."
+    with pytest.raises(UserError, match=r"no number in paper\.yaml"):
+        main(["--where", "{dat: cora}"])
