@@ -122,8 +122,8 @@ def agreement_table(verdicts: list[Verdict], percent: bool) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def agreement_sentence(verdicts: list[Verdict], title: str) -> str:
-    """How many published cells of one kind have been run, agree, and contradict the published order."""
+def agreement_sentence(verdicts: list[Verdict], title: str, *, named: bool = True) -> str:
+    """How many published cells of one kind have been run, agree, and contradict the published order; `named`: which."""
     run = [v for v in verdicts if v.cell]
     decided = [v for v in run if v.agrees is not None]
     differ = [v for v in decided if not v.agrees]
@@ -131,10 +131,11 @@ def agreement_sentence(verdicts: list[Verdict], title: str) -> str:
     if decided:
         text += f"; of {len(decided)} with two runs or more, {len(decided) - len(differ)} agree"
     if differ:
-        text += f" and {len(differ)} do not ({_places(differ)})"
+        text += f" and {len(differ)} do not" + (f" ({_places(differ)})" if named else "")
     turned = [v for v in run if v.reversed]
     if turned:
-        text += f"; in {len(turned)} the published order of {METHOD} and another method is reversed ({_places(turned)})"
+        text += f"; in {len(turned)} the published order of {METHOD} and another method is reversed"
+        text += f" ({_places(turned)})" if named else ""
     return text + "."
 
 

@@ -63,9 +63,10 @@ class Config:
     average: str | None = None
     """Comma-separated columns whose mean becomes a further column, run by run (those of equal seed belong together);
     where some row lacks one of them, it is taken over the columns that all rows have, and named so."""
-    show: Literal["table", "agreement", "sentence"] = "table"
+    show: Literal["table", "agreement", "sentence", "headline"] = "table"
     """table: the cells, and beside them the numbers from elsewhere; agreement: how many published cells agree, and
-    which do not; sentence: the same in a sentence, and what --against finds in another."""
+    which do not; sentence: the same in a sentence, and what --against finds in another; headline: without naming
+    them."""
     against: str | None = None
     """Also show how each cell differs from that of this row, over seeds: a method (`vanilla`), or `field=value`."""
     test: Literal["t", "wilcoxon"] = "t"
@@ -325,7 +326,7 @@ def build(config: Config, entries: list[Entry]) -> str:
 def _agreement(
     frame: pd.DataFrame, others: Iterable[str], entries: list[Entry], ours: list[str], config: Config
 ) -> str:
-    """`--show agreement` and `--show sentence`: the published cells of these experiments; every scale counts."""
+    """`--show agreement`, `sentence` and `headline`: the published cells of these experiments; every scale counts."""
     keys = [*split_names(config.rows), *split_names(config.columns)]
     measured = {name: frame.dropna(subset=f"metrics.{name}") for name in (str(config.metric), *others)}
     tables = {name: aggregate(part, keys, name) for name, part in measured.items()}
@@ -339,8 +340,9 @@ def _agreement(
     verdicts = judge(tables, scope)
     kinds = {"authors": "published by the authors", "third-party re-run": "of others' re-runs"}
     by_kind = {kind: [v for v in verdicts if v.entry.kind == kind] for kind in kinds}
-    lines = [agreement_sentence(of, kinds[kind]) for kind, of in by_kind.items() if of]
-    if config.show == "sentence":
+    named = config.show != "headline"
+    lines = [agreement_sentence(of, kinds[kind], named=named) for kind, of in by_kind.items() if of]
+    if config.show in ("sentence", "headline"):
         return " ".join([*lines[:1], *(line for line in ours if line.startswith(METHOD))]) + "\n"
     parts = [f"Rule: {RULE}.\n"]
     for line, of in zip(lines, filter(None, by_kind.values()), strict=True):
