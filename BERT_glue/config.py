@@ -102,7 +102,8 @@ class Config(ContraNormOptions, RunConfig):
     preprocessing_num_workers: int = 1
     """Processes that tokenize; the result is cached and reused either way."""
     probe: bool = False
-    """At the end, record collapse metrics of every layer on the first 64 validation examples, padding left out."""
+    """Before and after training, record collapse metrics of every layer and the last one's singular spectrum, on the
+    first 64 validation examples, padding left out."""
 
     def __post_init__(self) -> None:
         positive = ["max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate"]

@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         model = accelerator.unwrap_model(setup.model)
         accelerator.print(describe(model))
+        untrained = collapse_by_layer(setup) if config.probe and is_main else {}
         progress = train(setup, run)
         predictions = {file: predict(setup, loader)[0] for file, loader in setup.test.items()}
         if is_main and predictions:
@@ -61,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             parameters=setup.parameters,
             trained_tokens=None if tokens is None else len(tokens),
             sites=active_sites(model),
-            **({"collapse": collapse_by_layer(setup)} if config.probe and is_main else {}),
+            **(collapse_by_layer(setup) if config.probe and is_main else {}),
+            **{f"{name}_untrained": values for name, values in untrained.items()},
         )
         accelerator.print("  ".join(f"{key} {value:.4f}" for key, value in progress.metrics.items()))
     accelerator.end_training()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import sys
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, gather_object
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
@@ -27,7 +29,7 @@ from BERT_glue.models import load_backbone
 from BERT_glue.predict import as_predictions
 from BERT_glue.tasks import Task
 from contranorm import attention_similarity
-from contranorm.collapse import METRICS
+from contranorm.collapse import METRICS, singular_spectrum
 from repro.errors import UserError
 from repro.run.run import Run
 from repro.seeding import rng_state, seed_everything, set_rng_state
@@ -223,11 +225,17 @@ def evaluate(setup: TrainingSetup) -> dict[str, float]:
 
 
 @torch.no_grad()
-def collapse_by_layer(setup: TrainingSetup) -> dict[str, list[float]]:
-    """Collapse metrics after each layer, as lists by metric; the model then stays with attention that returns maps."""
-    model = setup.accelerator.unwrap_model(setup.model).eval()
+def collapse_by_layer(setup: TrainingSetup) -> dict[str, Any]:
+    """What `--probe` puts into the record, padding left out.
+
+    Returns:
+        collapse: lists by metric over the layers' outputs, and the layers' numbers, from 1.
+        spectrum: singular values of the last one's tokens, as shares of their sum, in descending order; mean over
+            the examples, of which shorter ones have fewer.
+    """
+    model = copy.deepcopy(setup.accelerator.unwrap_model(setup.model)).eval()
     read_all_tokens(model)
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation("eager")  # the other ones return no maps
     loader = next(iter(setup.validation.values()))
     rows = [loader.dataset[i] for i in range(min(PROBED_ROWS, len(loader.dataset)))]
     batch = loader.collate_fn(rows).to(model.device)
@@ -239,7 +247,11 @@ def collapse_by_layer(setup: TrainingSetup) -> dict[str, list[float]]:
         return fmean(attention_similarity(map_[:, keep][..., keep]) for map_, keep in zip(maps, mask, strict=True))
 
     lists["attention_similarity"] = [similarity(maps) for maps in output.attentions]
-    return {"layer": list(range(1, len(output.attentions) + 1)), **lists}
+    last = [singular_spectrum(x[keep]) for x, keep in zip(output.hidden_states[-1], mask, strict=True)]
+    return {
+        "collapse": {"layer": list(range(1, len(output.attentions) + 1)), **lists},
+        "spectrum": pad_sequence(last, batch_first=True).mean(dim=0).tolist(),
+    }
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

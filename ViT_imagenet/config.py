@@ -181,7 +181,8 @@ class Config(ContraNormOptions, RunConfig):
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     probe: bool = False
-    """At the end, record the collapse metrics after every block on one batch of evaluation images."""
+    """Before and after training, record collapse metrics after every block and the last one's singular spectrum, on one
+    batch of evaluation images."""
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""

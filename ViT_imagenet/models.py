@@ -25,7 +25,7 @@ from timm.models import (
 )
 from torch import nn
 
-from contranorm import CollapseProbe, ContraNorm, attention_similarity
+from contranorm import CollapseProbe, ContraNorm, attention_similarity, singular_spectrum
 from contranorm.options import ContraNormOptions
 
 SUFFIX = "_contranorm"
@@ -169,7 +169,7 @@ def image_side(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def collapse_by_block(model: VisionTransformer, images: torch.Tensor) -> pd.DataFrame:
+def collapse_by_block(model: VisionTransformer, images: torch.Tensor) -> tuple[pd.DataFrame, list[float]]:
     """Collapse metrics after each block, before the final norm: its token mixing is not part of a block.
 
     Args:
@@ -177,7 +177,8 @@ def collapse_by_block(model: VisionTransformer, images: torch.Tensor) -> pd.Data
         images: (B, 3, H, W), normalized.
 
     Returns:
-        One row per block: layer (from 1), mean_cosine, effective_rank, variance, attention_similarity.
+        One row per block: layer (from 1), mean_cosine, effective_rank, variance, attention_similarity; and the singular
+        values of the last block's tokens, as shares of their sum, in descending order, mean over the images.
     """
     names = [f"blocks.{i}" for i in range(len(model.blocks))]
     maps = [f"{name}.attn.attn_drop" for name in names]  # its input and output are the weights, (B, heads, N, N)
@@ -189,7 +190,7 @@ def collapse_by_block(model: VisionTransformer, images: torch.Tensor) -> pd.Data
             block.attn.fused_attn = False  # the fused kernel never forms the weights
         with CollapseProbe(model, names) as features, CollapseProbe(
             model, dict(zip(names, maps, strict=True)), metrics={"attention_similarity": attention_similarity}
-        ) as attention:  # fmt: skip
+        ) as attention, CollapseProbe(model, names[-1:], metrics={"spectrum": singular_spectrum}) as last:  # fmt: skip
             model(images)
     finally:
         for block, value in zip(model.blocks, fused, strict=True):
@@ -197,4 +198,5 @@ def collapse_by_block(model: VisionTransformer, images: torch.Tensor) -> pd.Data
         model.train(was_training)
     frame = features.frame().drop(columns=["call", "module"])
     similarity = attention.frame()["attention_similarity"]
-    return frame.assign(layer=range(1, len(names) + 1), attention_similarity=similarity)
+    frame = frame.assign(layer=range(1, len(names) + 1), attention_similarity=similarity)
+    return frame, last.frame()["spectrum"][0].mean(dim=0).tolist()

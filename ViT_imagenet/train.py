@@ -140,6 +140,7 @@ def train(setup: TrainingSetup, run: Run) -> None:
     """All epochs, from the last checkpoint on, and the record."""
     config, accelerator, batches = setup.config, setup.accelerator, setup.batches
     report_start(setup)
+    untrained = collapse(setup) if config.probe else {}
     progress, metrics = restore(setup, run), {}
     for epoch in range(progress.epoch, config.epochs):
         setup.model.train()
@@ -194,7 +195,8 @@ def train(setup: TrainingSetup, run: Run) -> None:
         accelerator.print(", ".join(f"{k} {v:.4g}" for k, v in line.items()))
         progress.epoch, progress.step, progress.loss_sum = epoch + 1, 0, torch.zeros_like(progress.loss_sum)
         save_progress(setup, run, progress)
-    finish(setup, run, progress, metrics or evaluate_with_ema(setup))  # empty: stopped after the last epoch
+    metrics = metrics or evaluate_with_ema(setup)  # empty: stopped after the last epoch
+    finish(setup, run, progress, metrics, untrained)
 
 
 def load_batch(setup: TrainingSetup, batch: Sample, epoch: int, step: int) -> tuple[Tensor, Tensor]:
@@ -342,13 +344,19 @@ def report_start(setup: TrainingSetup) -> None:
     )
 
 
-def finish(setup: TrainingSetup, run: Run, progress: Progress, metrics: dict[str, float]) -> None:
+def collapse(setup: TrainingSetup) -> dict[str, Any]:
+    """What `--probe` puts into the record: `collapse`, lists by metric over the blocks; the last one's `spectrum`."""
+    batch = next(iter(setup.tests))
+    images = batch.image[batch.usable].to(setup.accelerator.device)
+    frame, spectrum = collapse_by_block(setup.plain_model, images)
+    return {"collapse": frame.to_dict("list"), "spectrum": spectrum}
+
+
+def finish(
+    setup: TrainingSetup, run: Run, progress: Progress, metrics: dict[str, float], untrained: dict[str, Any]
+) -> None:
     """The last weights and the record."""
-    extra: dict[str, Any] = {}
-    if setup.config.probe:
-        batch = next(iter(setup.tests))
-        images = batch.image[batch.usable].to(setup.accelerator.device)
-        extra["collapse"] = collapse_by_block(setup.plain_model, images).to_dict("list")
+    measured = collapse(setup) if setup.config.probe else {}
     if run.main:
         write_atomic(run.folder / "classes.json", json.dumps(setup.data.classes).encode())  # for ViT_imagenet.predict
         write_atomic(run.folder / "model.safetensors", weights(setup.plain_model))
@@ -365,7 +373,8 @@ def finish(setup: TrainingSetup, run: Run, progress: Progress, metrics: dict[str
         parameters=parameters(setup),
         processes=setup.accelerator.num_processes,
         bad_images=bad_image_names(setup),
-        **extra,
+        **measured,
+        **{f"{name}_untrained": values for name, values in untrained.items()},
     )
     setup.accelerator.print(f"test accuracy {metrics['test_accuracy']:.4f}; {run.folder / 'record.json'}")
 

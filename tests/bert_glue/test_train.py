@@ -261,17 +261,22 @@ def test_probe_records_collapse_by_layer(
     """Against transformers' own hidden states and maps of the saved model, sentence by sentence without padding."""
     arguments = command(tmp_path / "run", *site, "--max_train_steps", "2", "--save_model", "--probe", backbone=backbone)
     main(arguments)
-    collapse = record(tmp_path / "run")["collapse"]
+    written = record(tmp_path / "run")
+    collapse = written["collapse"]
     assert collapse.pop("layer") == [1, 2]
+    assert written["collapse_untrained"]["layer"] == [1, 2] and written["spectrum_untrained"] != written["spectrum"]
     folder = tmp_path / "run" / "model"
     model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = pd.read_parquet(glue_root / "glue/rte/validation-00000-of-00001.parquet")
     expected: dict[str, list[list[float]]] = {name: [[], []] for name in collapse}
+    spectrum = torch.zeros(len(written["spectrum"]))
     for row in rows.itertuples():
         inputs = tokenizer(row.sentence1, row.sentence2, return_tensors="pt")
         with torch.no_grad():
             output = model(**inputs, output_hidden_states=True, output_attentions=True)
+        sigma = torch.linalg.svdvals(output.hidden_states[-1][0])
+        spectrum[: len(sigma)] += sigma / sigma.sum() / len(rows)
         for layer in (0, 1):
             for name, metric in METRICS.items():
                 expected[name][layer].append(metric(output.hidden_states[layer + 1]))
@@ -279,6 +284,7 @@ def test_probe_records_collapse_by_layer(
     for name, by_layer in expected.items():
         assert collapse[name] == pytest.approx([fmean(values) for values in by_layer], rel=1e-4), name
     assert set(collapse) == {"mean_cosine", "effective_rank", "variance", "attention_similarity"}
+    assert written["spectrum"] == pytest.approx(spectrum.tolist(), rel=1e-3, abs=1e-6)
     main([*arguments[:-1], "--output_dir", str(tmp_path / "plain")])
     assert "collapse" not in record(tmp_path / "plain")
     assert record(tmp_path / "plain")["metrics"] == record(tmp_path / "run")["metrics"]

@@ -150,7 +150,7 @@ def test_probe_sees_every_block_and_not_the_final_norm(name: str) -> None:
     model = timm.create_model(name, depth=3, num_classes=5, **kwargs).train()
     images = images_for(model, 3)
     fused = [block.attn.fused_attn for block in model.blocks]
-    frame = collapse_by_block(model, images)
+    frame, spectrum = collapse_by_block(model, images)
     assert list(frame["layer"]) == [1, 2, 3]
     assert [block.attn.fused_attn for block in model.blocks] == fused
     assert model.training
@@ -158,11 +158,15 @@ def test_probe_sees_every_block_and_not_the_final_norm(name: str) -> None:
         model.eval()
         tokens = model._pos_embed(model.patch_embed(images))
         tokens = model.blocks[1](model.blocks[0](tokens))
+        last = model.blocks[2](tokens)
     assert frame["mean_cosine"][1] == pytest.approx(mean_cosine_similarity(tokens), abs=1e-5)
     assert frame["effective_rank"][1] == pytest.approx(effective_rank(tokens), rel=1e-4)
     assert frame["attention_similarity"].between(0, 1.0001).all()
+    singular = torch.linalg.svdvals(last)
+    assert spectrum == pytest.approx((singular / singular.sum(dim=1, keepdim=True)).mean(dim=0).tolist(), rel=1e-3)
     nn.init.constant_(model.norm.weight, 7.0)
-    assert collapse_by_block(model, images).equals(frame)
+    again, same = collapse_by_block(model, images)
+    assert again.equals(frame) and same == spectrum
 
 
 def test_contranorm_lowers_the_mean_cosine_of_the_blocks() -> None:

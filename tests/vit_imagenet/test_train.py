@@ -198,7 +198,8 @@ def test_eval_finetune_and_resume(undisturbed: Path, flags: list[str], tmp_path:
     main([*flags, "--epochs=1", "--input_size=48", f"--finetune={undisturbed / 'model.safetensors'}", "--probe",
           f"--output_dir={tmp_path / 'larger'}"])  # fmt: skip
     done = record(tmp_path / "larger")
-    assert done["collapse"]["layer"] == [1, 2]
+    assert done["collapse"]["layer"] == done["collapse_untrained"]["layer"] == [1, 2]
+    assert done["collapse"] != done["collapse_untrained"] and sum(done["spectrum"]) == pytest.approx(1)
     assert load_file(tmp_path / "larger" / "model.safetensors")["pos_embed"].shape == (1, 37, 128)
 
 
