@@ -184,7 +184,8 @@ class Config(ContraNormOptions, RunConfig):
         if not sites:
             return CellLabel(self.task, self.model, "vanilla", depth=self.num_hidden_layers)
         method = self.step_name() + ("" if sites == [PAPERS_SITE] else f" at {'+'.join(sites)}")
-        order = (1, self.scale, *(list(SITES).index(site) for site in sites))
+        method += " (padding in)" * self.include_padding
+        order = (1, self.scale, *(list(SITES).index(site) for site in sites), *[1] * self.include_padding)
         return CellLabel(self.task, self.model, method, order, self.num_hidden_layers, self.scale)
 
 

@@ -109,9 +109,11 @@ def _bert_cell(config: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]
     if not sites:
         return _cell(data, model, "vanilla", [0], depth, None)
     prefix = "D-" if config.get("axis") == "features" else ""
+    padding = bool(config.get("include_padding"))
     place = "" if sites == ["attention_sum"] else f" at {'+'.join(sites)}"
+    place += " (padding in)" * padding
     scale = float(config["scale"])
-    order = [1, scale, _SITES.index(sites[0])]
+    order = [1, scale, _SITES.index(sites[0]), *[1] * padding]
     return _cell(data, model, f"{prefix}ContraNorm s={scale:g}{place}", order, depth, scale)
 
 

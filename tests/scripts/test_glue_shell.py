@@ -102,6 +102,17 @@ def test_table_1_runs_both_sweeps_then_the_table(shell: Any, tmp_path: Path) -> 
     assert [call.split()[1] for call in calls] == ["repro.sweep"]
 
 
+def test_table_1_on_a_laptop(shell: Any, monkeypatch: Any, root: Path) -> None:
+    _, lines = shell("scripts/reproduce_table1.sh", "--dry-run", PRESET="cpu")
+    monkeypatch.chdir(root)
+    configs = [parse([*shlex.split(line)[3:], "--output_dir", "x"]) for line in lines]
+    assert len(configs) == 4 * 5 * 3 + 7 * 3 + 3 and {c.model_name_or_path for c in configs} == {"minilm"}
+    rte = {c.label().method for c in configs if c.task_name == "rte" and c.scale == 0.05}
+    assert len(rte) == 9 and {"ContraNorm s=0.05", "ContraNorm s=0.05 (padding in)"} < rte
+    (message,), _ = shell("scripts/reproduce_table1.sh", PRESET="gpu", check=False)
+    assert "PRESET knows paper and cpu" in message
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "expected"),
     [
