@@ -30,7 +30,7 @@ from gnn.arxiv import models
 from gnn.arxiv.config import Config as RunSettings
 from gnn.arxiv.data import Counts
 from gnn.arxiv.loss import log_cross_entropy, one_hot
-from gnn.models import Adjacency
+from gnn.layers import Adjacency
 from repro.config import parse_config
 from repro.errors import UserError, run_main
 

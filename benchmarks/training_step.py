@@ -23,7 +23,8 @@ import ViT_imagenet  # noqa: F401  (registers its models with timm)
 from benchmarks.common import DEVICE, Rows, alternate_ms, goal, has_bfloat16, names_in, report
 from BERT_glue import ContraNormBertConfig, ContraNormBertForSequenceClassification
 from gnn.config import Config as GraphConfig
-from gnn.models import Adjacency, build_model
+from gnn.layers import Adjacency
+from gnn.models import build_model
 from gnn.sparse import Pattern, Sparse
 from repro.config import parse_config
 from repro.errors import run_main

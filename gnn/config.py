@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -12,12 +13,15 @@ DataName = Literal[
     "cora", "citeseer", "pubmed", "chameleon", "squirrel", "texas", "wisconsin", "cornell", "actor", "dblp",
     "coauthor_cs", "digits",
 ]  # fmt: skip
-ModelName = Literal["DeepGCN", "SGC", "DeepGAT", "GIN"]
+ModelName = Literal["DeepGCN", "SGC", "DeepGAT", "GIN", "GCNII", "G2"]
+ConnectionName = Literal["residual", "initial", "jumping_cat", "jumping_max"]
 NormName = Literal[  # in the order in which tables list them
     "None", "LN", "PN", "PN-SI", "PN-SCS", "BatchNorm", "DiffGroupNorm", "MeanSubtractionNorm", "GraphNorm",
     "MessageNorm", "CN",
 ]  # fmt: skip
 PAIR_NORMS = ("PN", "PN-SI", "PN-SCS")
+SCALES = dict.fromkeys(PAIR_NORMS, 1.0) | {"DiffGroupNorm": 0.01}  # norm with a scale → what it is when unset
+RIVALS = (*get_args(ConnectionName), "GCNII", "G2", "Half-Hop")  # in the order of tables, between norms and ContraNorm
 TEN_SPLITS = ("chameleon", "squirrel", "texas", "wisconsin", "cornell", "actor")
 
 
@@ -33,7 +37,12 @@ class Config(ContraNormOptions, RunConfig):
     """The graph. Cora is the paper's first; `digits` is embedded and needs no file."""
 
     model: ModelName = "DeepGCN"
-    """Architecture. Table 3 uses DeepGCN."""
+    """Architecture. Table 3 uses DeepGCN. GCNII and G2 (gradient gating) have a linear layer before and after nlayer
+    convolutions of theirs."""
+
+    propagation: Literal["random_walk", "symmetric"] = "random_walk"
+    """What a convolution multiplies with: random_walk, D^-1 (A+I), as the released code; symmetric,
+    D^-1/2 (A+I) D^-1/2, as GCN and GCNII were published."""
 
     hid: int = 32
     """Width of the hidden layers; 32 as in the reference."""
@@ -53,18 +62,42 @@ class Config(ContraNormOptions, RunConfig):
     wd: float = 5e-4
     """Adam's weight decay (L2 in the gradient, all parameters), as in the reference."""
 
+    conv_wd: float | None = None
+    """GCNII's weight decay of the convolutions' matrices; its authors: 0.01. Unset: --wd."""
+
     epochs: int = 200
     """Full-batch steps, as in the reference."""
 
     residual: int = 0
     """Add the features of k layers before, every k hidden layers; 0 = off, as in Table 3."""
 
+    connection: ConnectionName | None = None
+    """What joins the hidden layers of DeepGCN, DeepGAT and GIN: residual and initial mix a share --alpha of the
+    previous or the first one into each; jumping_* shows the output layer all of them, side by side or their maximum."""
+
+    alpha: float | None = None
+    """Share of the first features in GCNII (unset: 0.1), of the other layer with --connection residual or initial
+    (unset: 0.5)."""
+
+    theta: float | None = None
+    """GCNII's theta: layer l has a share log(theta/l + 1) of its matrix. Unset: 0.5, the authors'."""
+
+    gate_power: float | None = None
+    """Exponent p >= 1 of gradient gating. Unset: 2."""
+
+    half_hop: float | None = None
+    """Half-Hop: the share of the nodes, 0 to 1, whose messages take two steps. Unset: none."""
+
+    half_hop_alpha: float | None = None
+    """Weight of the source in the features of Half-Hop's slow nodes. Unset: 0.5."""
+
     dropedge: float = 0.0
     """Share of the edges left out of each training step (DropEdge); 0 = off, as in Table 3. Self-loops stay."""
 
     norm_mode: NormName = "None"
     """Norm after the convolution of every hidden layer; None is vanilla, CN is ContraNorm. LN here is rows centred and
-    L2-normalized, no parameters. PN, PN-SI and PN-SCS take --scale too (unset: 1)."""
+    L2-normalized, no parameters. PN, PN-SI and PN-SCS take --scale too (unset: 1), and so does DiffGroupNorm, whose
+    lambda it is (unset: 0.01, PyG's; its authors take 0.001 to 0.03 by depth)."""
 
     use_layer_norm: bool = False
     """One nn.LayerNorm, shared by all hidden layers, after the norm; Table 3's ContraNorm cells use it."""
@@ -113,6 +146,7 @@ class Config(ContraNormOptions, RunConfig):
                 raise ValueError(f"--{name} must be in [0, 1), got {getattr(self, name)}")
         if not self.lr > 0 or not self.wd >= 0:
             raise ValueError(f"--lr must be > 0 and --wd >= 0, got {self.lr} and {self.wd}")
+        self._check_rivals()
         if not 0 <= self.missing_rate <= 100:
             raise ValueError(f"--missing_rate is a percentage, 0 to 100, got {self.missing_rate}")
         self._check_norm()
@@ -124,8 +158,35 @@ class Config(ContraNormOptions, RunConfig):
             raise ValueError(f"--nhead: {self.model} has no attention heads; leave it at 1, or take --model DeepGAT")
         if self.hid % self.nhead:
             raise ValueError(f"--hid must be a multiple of --nhead, got {self.hid} and {self.nhead}")
-        if self.model == "SGC" and self.residual:
-            raise ValueError("--residual: SGC has one linear layer and nothing to add a residual to; leave it at 0")
+
+    def _check_rivals(self) -> None:
+        """Each argument belongs to a method; without it, it is refused."""
+        mixing, gcn2 = self.connection in ("residual", "initial"), self.model == "GCNII"
+        belongs = {
+            "alpha": (gcn2 or mixing, "--model GCNII, or --connection residual or initial"),
+            "theta": (gcn2, "--model GCNII"),
+            "conv_wd": (gcn2, "--model GCNII"),
+            "gate_power": (self.model == "G2", "--model G2"),
+            "half_hop_alpha": (self.half_hop is not None, "--half_hop"),
+        }
+        for name, (used, where) in belongs.items():
+            if getattr(self, name) is not None and not used:
+                raise ValueError(f"--{name} belongs to {where}: leave it out")
+        for name in ("alpha", "half_hop", "half_hop_alpha"):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
+                raise ValueError(f"--{name} must be in [0, 1], got {value}")
+        for name, low in (("theta", 0), ("conv_wd", 0), ("gate_power", 1)):
+            if (value := getattr(self, name)) is not None and not low <= value < math.inf:
+                raise ValueError(f"--{name} must be at least {low}, got {value}")
+        if self.propagation == "symmetric" and self.model in ("DeepGAT", "GIN"):
+            raise ValueError(f"--propagation symmetric: {self.model} weighs edges itself; leave it out")
+        if self.connection and self.model in ("SGC", "GCNII", "G2"):
+            raise ValueError(f"--connection {self.connection}: {self.model} has none; leave it out")
+        if self.connection and self.nlayer < 2:
+            raise ValueError(f"--connection {self.connection} joins hidden layers: --nlayer must be at least 2")
+        if self.residual and (self.connection or self.model in ("SGC", "GCNII", "G2")):
+            reason = f"beside --connection {self.connection}" if self.connection else f"{self.model} has no such skips"
+            raise ValueError(f"--residual: {reason}; leave it at 0")
 
     def _check_norm(self) -> None:
         """No flag is read and then ignored: a scale or switch without a norm that uses it is refused."""
@@ -139,20 +200,65 @@ class Config(ContraNormOptions, RunConfig):
             return
         if switches := [name for name in self.changed_switches() if name != "scale"]:
             raise ValueError(f"--{switches[0]} belongs to --norm_mode CN, not {self.norm_mode}: leave it out")
-        if self.norm_mode in PAIR_NORMS:
-            self.scale = 1.0 if self.scale is None else self.scale
+        if self.norm_mode in SCALES:
+            self.scale = SCALES[self.norm_mode] if self.scale is None else self.scale
         elif self.scale is not None:
             raise ValueError(f"--scale has no effect with --norm_mode {self.norm_mode}: leave it out")
 
     def label(self) -> CellLabel:
         """The cell of a table that this run belongs to."""
-        method, scale = ("vanilla" if self.norm_mode == "None" else self.norm_mode), self.scale
-        if self.norm_mode == "CN":
-            method = self.step_name("" if self.identity else "Eq. 6")
-        elif scale not in (None, 1):
-            method += f" s={scale:g}"
-        if self.use_layer_norm:
-            method += " + LayerNorm"
+        rivals = self._rivals()
+        named = [*self._norm(), *rivals.values(), *([("LayerNorm", None)] if self.use_layer_norm else [])]
+        if self.norm_mode == "None" and not rivals:
+            named.insert(0, ("vanilla", None))
+        suffix = " (symmetric)" if self.propagation == "symmetric" else ""
         eq6 = self.norm_mode == "CN" and not self.identity
-        order = (get_args(NormName).index(self.norm_mode), int(eq6), scale or 0, int(self.use_layer_norm))
-        return CellLabel(self.data, self.model, method, order, depth=self.nlayer, scale=scale)
+        places = [RIVALS.index(name) for name in rivals]
+        place = get_args(NormName).index(self.norm_mode)
+        if rivals and not place:
+            place = get_args(NormName).index("CN") - 1 + (1 + places[0]) / (1 + len(RIVALS))
+        order = (place, int(eq6), self.scale or 0, int(self.use_layer_norm), *places, *([9] if suffix else []))
+        method = " + ".join(f"{name} {knob}" if knob else name for name, knob in named) + suffix
+        family = " + ".join(name for name, _ in named) + suffix
+        scale = self.scale if self.scale is not None or not rivals else self._strengths()[next(iter(rivals))]
+        return CellLabel(self.data, self.model, method, order, self.nlayer, scale, family)
+
+    def _norm(self) -> list[tuple[str, str | None]]:
+        """The norm's name in tables and its setting, where it is not the usual one."""
+        if self.norm_mode == "None":
+            return []
+        if self.norm_mode == "CN":
+            name, knob = self.step_name("" if self.identity else "Eq. 6").rsplit(" ", 1)
+            return [(name, knob)]
+        if self.norm_mode == "DiffGroupNorm":
+            return [("DGN", f"lambda={self.scale:g}")]
+        return [(self.norm_mode, None if self.scale in (None, 1) else f"s={self.scale:g}")]
+
+    def _strengths(self) -> dict[str, float | None]:
+        """What tables give as each rival's strength."""
+        mixed = 0.5 if self.alpha is None else self.alpha
+        return {
+            "residual": mixed,
+            "initial": mixed,
+            "jumping_cat": None,
+            "jumping_max": None,
+            "GCNII": 0.1 if self.alpha is None else self.alpha,
+            "G2": 2.0 if self.gate_power is None else self.gate_power,
+            "Half-Hop": self.half_hop,
+        }
+
+    def _rivals(self) -> dict[str, tuple[str, str | None]]:
+        """Those of RIVALS that are in use: name in tables, and setting."""
+        strengths = {name: f"{value:g}" for name, value in self._strengths().items() if value is not None}
+        theta = "" if self.theta in (None, 0.5) else f", theta={self.theta:g}"
+        known = {
+            "residual": ("residual connection", f"alpha={strengths['residual']}"),
+            "initial": ("initial connection", f"alpha={strengths['initial']}"),
+            "jumping_cat": ("jumping knowledge", None),
+            "jumping_max": ("jumping knowledge (max)", None),
+            "GCNII": ("GCNII", f"alpha={strengths['GCNII']}{theta}"),
+            "G2": ("G2", f"p={strengths['G2']}"),
+            "Half-Hop": ("Half-Hop", f"p={strengths.get('Half-Hop')}"),
+        }
+        used = (self.connection, self.model, None if self.half_hop is None else "Half-Hop")
+        return {name: known[name] for name in RIVALS if name in used}

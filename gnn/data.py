@@ -13,7 +13,7 @@ import os
 import pickletools
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from gnn.pyg import Data, datasets
+from gnn.pyg import Data, datasets, transforms, utils
 from repro.config import load_yaml
 from repro.errors import UserError
 
@@ -44,6 +45,7 @@ class Graph:
     train: Tensor  # (N,) bool
     validation: Tensor  # (N,) bool
     test: Tensor  # (N,) bool, the data set's own test nodes
+    slow: Tensor | None = None  # (N,) bool, Half-Hop's nodes, in no set; the edges are then taken as they are directed
 
     @property
     def classes(self) -> int:
@@ -52,7 +54,10 @@ class Graph:
 
     def test_nodes(self, protocol: str) -> Tensor:
         """(N,) bool: the nodes on which `protocol` tests."""
-        return ~(self.train | self.validation) if protocol == "reference" else self.test
+        if protocol != "reference":
+            return self.test
+        used = self.train | self.validation
+        return ~(used if self.slow is None else used | self.slow)
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,37 @@ def features(graph: Graph, *, missing_rate: float, seed: int, normalize: bool = 
     x = graph.x.clone()
     x[outside[order[: int(len(outside) * missing_rate / 100)]]] = 0
     return x / (x.sum(dim=1, keepdim=True) + 1e-6) if normalize else x
+
+
+def half_hop(graph: Graph, x: Tensor, *, p: float, alpha: float, seed: int) -> tuple[Graph, Tensor]:
+    """Half-Hop (Azabou et al., ICML 2023), PyG's: messages to a random share of the nodes take two steps.
+
+    Each edge s → t to such a node becomes s → u → t and t → u through a slow node u with x_u = α x_s + (1−α) x_t. Slow
+    nodes have no label and are in no set. p = 0 leaves the graph as it is. The authors' own transform raises a
+    TypeError at its default p = 1, where no edge is kept; PyG's does not. The graph is changed once, before training.
+
+    Args:
+        graph: E edges.
+        x: (N, F) features.
+        p: share of the nodes.
+        alpha: the weight of the source.
+        seed: of the choice of nodes.
+
+    Returns:
+        The graph with its S slow nodes last, and (N + S, F) features.
+    """
+    n = len(graph.y)
+    edges = utils.to_undirected(graph.edge_index, num_nodes=n)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        hopped = transforms.HalfHop(alpha, p)(Data(x=x, edge_index=edges))
+    extra = (0, len(hopped.x) - n)
+    masks = {name: F.pad(getattr(graph, name), extra) for name in ("train", "validation", "test")}
+    changed = replace(
+        graph, x=hopped.x, y=F.pad(graph.y, extra, value=-1), edge_index=hopped.edge_index,
+        slow=hopped.slow_node_mask, **masks,
+    )  # fmt: skip
+    return changed, hopped.x
 
 
 # -- raw files --------------------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ sys.modules.update(dict.fromkeys(_unused))  # type: ignore[arg-type]  # None: im
 try:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*torch\.jit\..* is deprecated")
-        from torch_geometric import datasets, nn
+        from torch_geometric import datasets, nn, transforms, utils
         from torch_geometric.data import Data
 finally:
     for _name in _unused:
         del sys.modules[_name]
 
-__all__ = ["Data", "datasets", "nn"]
+__all__ = ["Data", "datasets", "nn", "transforms", "utils"]

@@ -14,9 +14,11 @@ from tqdm import tqdm
 
 from contranorm import CollapseProbe, singular_spectrum
 from gnn.config import Config
-from gnn.data import Graph, features, load_graph
-from gnn.models import SGC, Adjacency, DeepGCN, build_model, describe
+from gnn.data import Graph, features, half_hop, load_graph
+from gnn.layers import Adjacency, GraphNetwork
+from gnn.models import build_model, describe
 from gnn.sparse import Sparse
+from repro.cost import multiply_adds
 from repro.errors import UserError
 from repro.files import write_atomic
 from repro.run.run import Run
@@ -48,13 +50,19 @@ def prepare(config: Config) -> TrainingSetup:
     graph = load_graph(config.data, config.data_root, split=config.split)
     if len(graph.y) < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
-    x = features(graph, missing_rate=config.missing_rate, seed=config.seed, normalize=config.fea_norm).to(device)
+    x = features(graph, missing_rate=config.missing_rate, seed=config.seed, normalize=config.fea_norm)
+    if config.half_hop is not None:
+        alpha = 0.5 if config.half_hop_alpha is None else config.half_hop_alpha
+        graph, x = half_hop(graph, x, p=config.half_hop, alpha=alpha, seed=config.seed)
+    x = x.to(device)
+    symmetric, directed = config.propagation == "symmetric", graph.slow is not None
+    edges = graph.edge_index.to(device)
     sparse = (x != 0).float().mean() < SPARSE_BELOW
     return TrainingSetup(
         config=config,
         device=device,
         graph=graph,
-        adjacency=Adjacency.from_edges(graph.edge_index.to(device), len(graph.y)),
+        adjacency=Adjacency.from_edges(edges, len(graph.y), symmetric=symmetric, directed=directed),
         features=Sparse.from_dense(x) if sparse else x,
     )
 
@@ -66,7 +74,7 @@ def train(setup: TrainingSetup, run: Run) -> None:
     model = build_model(config, x.shape[1], graph.classes).to(setup.device)
     print(describe(model, config))
     untrained = collapse_by_layer(model, setup) if config.probe else {}
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.wd)
+    optimizer = torch.optim.Adam(model.parameter_groups(config), lr=config.lr, weight_decay=config.wd)
     best: dict[str, Any] = {"validation": -1.0, "epoch": 0, "model": None}
     start = 0
     if (found := run.restore()) is not None:
@@ -108,6 +116,7 @@ def train(setup: TrainingSetup, run: Run) -> None:
         selection=SELECTION[config.protocol],
         epoch=best["epoch"] or config.epochs,
         parameters=sum(p.numel() for p in model.parameters()),
+        multiply_adds=multiply_adds(model.eval(), x, adjacency),
         norm=describe(model, config),
         nodes={name: int(mask.sum()) for name, mask in masks.items()},
         **(collapse_by_layer(model, setup, csv=run.folder / "probe.csv") if config.probe else {}),
@@ -135,7 +144,7 @@ def accuracies(model: nn.Module, setup: TrainingSetup) -> dict[str, float]:
 
 
 @torch.no_grad()
-def collapse_by_layer(model: DeepGCN | SGC, setup: TrainingSetup, csv: Path | None = None) -> dict[str, Any]:
+def collapse_by_layer(model: GraphNetwork, setup: TrainingSetup, csv: Path | None = None) -> dict[str, Any]:
     """What `--probe` puts into the record, the metrics also into a file.
 
     Returns:

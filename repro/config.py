@@ -54,6 +54,7 @@ class CellLabel:
         order: sort key of the method among the others of a table; vanilla is (0,).
         depth: number of layers, where it is varied or chosen.
         scale: the method's strength, where it has one.
+        family: the method without its settings, where that is more than leaving out " s=<scale>".
     """
 
     data: str
@@ -62,6 +63,7 @@ class CellLabel:
     order: tuple[float, ...] = (0,)
     depth: int | None = None
     scale: float | None = None
+    family: str | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -79,6 +81,9 @@ class RunConfig(abc.ABC):
 
     data_root: str = dataclasses.field(default_factory=default_data_root)
     """Folder that holds all data sets, read first and never written; default $CONTRANORM_DATA, else data/."""
+
+    tuning_trials: int | None = None
+    """How many settings these were chosen among on validation, for the record (repro.tune). Unset: untuned."""
 
     report_to: str = "none"
     """Also log to tensorboard, wandb, trackio or mlflow, whichever is installed; metrics.jsonl is always written."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from gnn.arxiv.config import Config
 from gnn.arxiv.norms import build_norm
-from gnn.models import Adjacency, dropout
+from gnn.layers import Adjacency, dropout
 from gnn.pyg import nn as pyg_nn
 from gnn.sparse import Pattern, Sparse
 

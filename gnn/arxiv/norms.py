@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from contranorm import contra_norm
 from gnn.arxiv.config import Config
-from gnn.models import Adjacency
+from gnn.layers import Adjacency
 from repro.errors import UserError
 
 EPS = 1e-12  # F.normalize's

@@ -20,7 +20,7 @@ from gnn.arxiv.models import RevGAT
 from gnn.arxiv.norms import FeatureContraNorm
 from gnn.arxiv.teacher import Teacher, load_teacher, save_predictions
 from gnn.data import Graph
-from gnn.models import Adjacency
+from gnn.layers import Adjacency
 from gnn.sparse import Sparse
 from gnn.train import choose_device
 from repro.errors import UserError

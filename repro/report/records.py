@@ -21,7 +21,7 @@ REQUIRED = ("experiment", "protocol", "selection", "metrics", "config")
 # What differs between two runs of the same cell that computed the same numbers.
 VOLATILE_KEYS = ("seconds", "peak_rss_mb", "peak_cuda_mb", "command", "environment", "finished")
 CELL_FIELDS = tuple(field.name for field in dataclasses.fields(CellLabel))
-_RESERVED = ("path", "experiment", "protocol", "selection", "seed", "settings", "family", *CELL_FIELDS)
+_RESERVED = ("path", "experiment", "protocol", "selection", "seed", "settings", *CELL_FIELDS)
 
 
 def check_record(record: Any, where: str) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _row(where: str, record: dict[str, Any], configured: set[str]) -> dict[str, 
     row = {
         "path": where,
         **cell,
-        "family": method if scale is None else str(method).replace(f" s={scale:g}", ""),
+        "family": cell["family"] or (method if scale is None else str(method).replace(f" s={scale:g}", "")),
         "settings": tuple(column for name, column in own.items() if name not in ignored and name == column),
     }
     for name, value in record.items():

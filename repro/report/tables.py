@@ -44,8 +44,9 @@ class Config:
 
     records: list[str] | str = field(default_factory=list)
     """Folders, files (record.json, records.jsonl) or glob patterns; also as the first words, without the flag."""
-    preset: Literal["table1", "table2", "table3", "arxiv"] | None = None
-    """Rows, columns and metric of one of the paper's tables; flags given beside it win."""
+    preset: Literal["table1", "table2", "table3", "arxiv", "rivals"] | None = None
+    """Rows, columns and metric of one of the paper's tables, or of the tuned rivals against vanilla; flags given
+    beside it win."""
     rows: str | None = None
     """Comma-separated fields that make the rows: data, model, method, family (the method without its scale), depth,
     scale, or fields of the config."""
@@ -103,6 +104,7 @@ PRESETS: dict[str, dict[str, str]] = {
     "table2": {"rows": "data,model,method", "columns": "depth", "metric": "test_accuracy"},
     "table3": {"rows": "data,method", "columns": "depth", "metric": "test_accuracy"},
     "arxiv": {"rows": "data,method,depth", "columns": "model", "metric": "test_accuracy"},
+    "rivals": {"rows": "data,family", "columns": "depth", "metric": "test_accuracy", "against": "vanilla"},
 }
 
 

@@ -31,7 +31,7 @@ _LATER_SWITCHES: dict[str, Any] = {
     "degree": 2,
 }
 _LATER_OF: dict[str, dict[str, Any]] = {
-    "gnn": _LATER_SWITCHES | {"nhead": 1, "fea_norm": True},
+    "gnn": _LATER_SWITCHES | {"nhead": 1, "fea_norm": True, "propagation": "random_walk"},
     "BERT_glue": _LATER_SWITCHES,
     "ViT_imagenet": _LATER_SWITCHES | {
         "bce_loss": False, "three_augment": False, "src": False, "effective_batch": None
@@ -90,7 +90,10 @@ def _gnn_cell(config: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     method = {"None": "vanilla", "CN": "ContraNorm (Eq. 6)" if eq6 else "ContraNorm"}.get(mode, mode)
     if mode in ("PN", "PN-SI", "PN-SCS") and scale is None:
         scale = config["scale"] = 1.0
-    if mode == "CN" or (scale is not None and scale != 1):
+    if mode == "DiffGroupNorm":
+        scale = config["scale"] = 0.01
+        method = "DGN lambda=0.01"
+    elif mode == "CN" or (scale is not None and scale != 1):
         method += f" s={scale:g}"
     if config.get("use_layer_norm"):
         method += " + LayerNorm"

@@ -54,7 +54,7 @@ def test_defaults_are_table_3() -> None:
     ("argv", "message"),
     [
         ("--data karate", "data"),
-        ("--model GCNII", "model"),
+        ("--model GCNIII", "model"),
         ("--norm_mode RMS", "norm_mode"),
         ("--colour red", "colour"),
         ("--nlayer two", "nlayer"),
@@ -89,10 +89,25 @@ def test_defaults_are_table_3() -> None:
         ("--positive --norm_mode CN --scale 1", "--positive needs learnable"),
         ("--data cora --split 3", "--split: cora has one split"),
         ("--data texas --split 10", "--split must be 0 to 9"),
-        ("--model SGC --residual 2", "--residual: SGC has one linear layer"),
+        ("--model SGC --residual 2", "--residual: SGC has no such skips"),
         ("--nhead 2", "--nhead: DeepGCN has no attention heads"),
         ("--model DeepGAT --nhead 0", "--nhead must be at least 1, got 0"),
         ("--model DeepGAT --nhead 5", "--hid must be a multiple of --nhead, got 32 and 5"),
+        ("--alpha 0.1", "--alpha belongs to --model GCNII, or --connection residual or initial: leave it out"),
+        ("--connection jumping_cat --alpha 0.1", "--alpha belongs to"),
+        ("--model G2 --theta 0.5", "--theta belongs to --model GCNII: leave it out"),
+        ("--conv_wd 0.01", "--conv_wd belongs to --model GCNII"),
+        ("--model GCNII --gate_power 2", "--gate_power belongs to --model G2"),
+        ("--half_hop_alpha 0.5", "--half_hop_alpha belongs to --half_hop: leave it out"),
+        ("--model GCNII --alpha 1.5", r"--alpha must be in \[0, 1\], got 1.5"),
+        ("--half_hop -1", r"--half_hop must be in \[0, 1\], got -1.0"),
+        ("--model G2 --gate_power 0.5", "--gate_power must be at least 1, got 0.5"),
+        ("--model GCNII --conv_wd inf", "--conv_wd must be at least 0, got inf"),
+        ("--model GIN --propagation symmetric", "--propagation symmetric: GIN weighs edges itself"),
+        ("--model GCNII --connection initial", "--connection initial: GCNII has none; leave it out"),
+        ("--connection dense", "--connection dense: choose one of residual, initial"),
+        ("--connection initial --nlayer 1", "--connection initial joins hidden layers: --nlayer must be at least 2"),
+        ("--connection initial --residual 1", "--residual: beside --connection initial; leave it at 0"),
         ("--data_root /nowhere/at/all", "--data_root /nowhere/at/all: no such folder"),
     ],
 )
@@ -132,22 +147,39 @@ def test_what_is_unset_becomes_the_released_form() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "method", "order", "scale"),
+    ("flags", "method", "family", "order", "scale"),
     [
-        ("", "vanilla", (0, 0, 0, 0), None),
-        ("--use_layer_norm", "vanilla + LayerNorm", (0, 0, 0, 1), None),
-        ("--norm_mode LN", "LN", (1, 0, 0, 0), None),
-        ("--norm_mode PN", "PN", (2, 0, 1, 0), 1.0),
-        ("--norm_mode PN-SI --scale 5 --use_layer_norm", "PN-SI s=5 + LayerNorm", (3, 0, 5, 1), 5.0),
-        ("--norm_mode BatchNorm", "BatchNorm", (5, 0, 0, 0), None),
-        ("--norm_mode CN --scale 1.0 --use_layer_norm", "ContraNorm s=1 + LayerNorm", (10, 0, 1, 1), 1.0),
-        ("--norm_mode CN --scale 0.2", "ContraNorm s=0.2", (10, 0, 0.2, 0), 0.2),
-        ("--norm_mode CN --scale 0.5 --no_identity", "ContraNorm (Eq. 6) s=0.5", (10, 1, 0.5, 0), 0.5),
+        ("", "vanilla", "vanilla", (0, 0, 0, 0), None),
+        ("--use_layer_norm", "vanilla + LayerNorm", "", (0, 0, 0, 1), None),
+        ("--norm_mode LN", "LN", "", (1, 0, 0, 0), None),
+        ("--norm_mode PN", "PN", "", (2, 0, 1, 0), 1.0),
+        ("--norm_mode PN-SI --scale 5 --use_layer_norm", "PN-SI s=5 + LayerNorm", "PN-SI + LayerNorm", (3, 0, 5, 1), 5),
+        ("--norm_mode BatchNorm", "BatchNorm", "", (5, 0, 0, 0), None),
+        ("--norm_mode DiffGroupNorm", "DGN lambda=0.01", "DGN", (6, 0, 0.01, 0), 0.01),
+        ("--norm_mode CN --scale 1.0 --use_layer_norm", "ContraNorm s=1 + LayerNorm", "ContraNorm + LayerNorm",
+         (10, 0, 1, 1), 1.0),
+        ("--norm_mode CN --scale 0.2", "ContraNorm s=0.2", "ContraNorm", (10, 0, 0.2, 0), 0.2),
+        ("--norm_mode CN --scale 0.5 --no_identity", "ContraNorm (Eq. 6) s=0.5", "ContraNorm (Eq. 6)",
+         (10, 1, 0.5, 0), 0.5),
+        ("--connection residual --alpha 0.3", "residual connection alpha=0.3", "residual connection",
+         (9.125, 0, 0, 0, 0), 0.3),
+        ("--connection initial", "initial connection alpha=0.5", "initial connection", (9.25, 0, 0, 0, 1), 0.5),
+        ("--connection jumping_cat", "jumping knowledge", "", (9.375, 0, 0, 0, 2), None),
+        ("--connection jumping_max", "jumping knowledge (max)", "", (9.5, 0, 0, 0, 3), None),
+        ("--model GCNII --theta 0.6 --propagation symmetric", "GCNII alpha=0.1, theta=0.6 (symmetric)",
+         "GCNII (symmetric)", (9.625, 0, 0, 0, 4, 9), 0.1),
+        ("--model G2 --gate_power 3", "G2 p=3", "G2", (9.75, 0, 0, 0, 5), 3),
+        ("--half_hop 0.7 --use_layer_norm", "Half-Hop p=0.7 + LayerNorm", "Half-Hop + LayerNorm",
+         (9.875, 0, 0, 1, 6), 0.7),
+        ("--model GCNII --norm_mode CN --scale 1", "ContraNorm s=1 + GCNII alpha=0.1", "ContraNorm + GCNII",
+         (10, 0, 1, 0, 4), 1),
     ],
-)
-def test_labels(flags: str, method: str, order: tuple[float, ...], scale: float | None) -> None:
-    config = parse("--data", "texas", "--model", "GIN", "--nlayer", "8", *flags.split())
-    assert config.label() == CellLabel("texas", "GIN", method, order, depth=8, scale=scale)
+)  # fmt: skip
+def test_labels(flags: str, method: str, family: str, order: tuple[float, ...], scale: float | None) -> None:
+    model = [] if "--model" in flags else ["--model", "DeepGCN"]
+    config = parse("--data", "texas", *model, "--nlayer", "8", *flags.split())
+    expected = CellLabel("texas", config.model, method, order, depth=8, scale=scale, family=family or method)
+    assert config.label() == expected
 
 
 def test_execution_fields_are_fields() -> None:

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from contranorm import GraphContraNorm
 from gnn.config import Config, ModelName, NormName
 from gnn.data import as_graph, features
-from gnn.models import SGC, Adjacency, DeepGCN, Layer, build_model, describe
+from gnn.layers import Adjacency, Layer
+from gnn.models import SGC, DeepGCN, build_model, describe
 from gnn.pyg import nn as pyg_nn
 from gnn.sparse import Sparse
 
@@ -63,7 +64,7 @@ def test_sparse_and_dense_features_give_the_same_logits(model: str, config: Any,
 def test_deep_gcn_is_the_dense_equation(config: Any, graph: Any) -> None:
     x, adjacency, _ = graph
     net = build_model(settings(config, "CN", use_layer_norm=True, nlayer=4), 12, 3).eval()
-    a = adjacency.mean.to_dense()
+    a = adjacency.propagation.to_dense()
     allowed = a == 0
     h = x
     for layer in net.layers:
@@ -112,7 +113,7 @@ def test_sgc_takes_its_constant_steps_once(config: Any, graph: Any) -> None:
     assert not build_model(settings(config, "PN", model="SGC", use_layer_norm=True), 12, 3).constant
     assert not build_model(settings(config, "BatchNorm", model="SGC"), 12, 3).constant
     plain = build_model(settings(config, "None", model="SGC", nlayer=3), 12, 3).eval()
-    a = adjacency.mean.to_dense()
+    a = adjacency.propagation.to_dense()
     torch.testing.assert_close(plain(x, adjacency), plain.output(a @ a @ a @ x), rtol=1e-4, atol=1e-6)
 
 

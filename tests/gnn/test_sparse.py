@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from gnn.models import Adjacency, dropout
+from gnn.layers import Adjacency, dropout
 from gnn.sparse import Pattern, Sparse
 
 
@@ -49,7 +49,7 @@ def test_adjacency_is_the_row_normalized_undirected_graph_with_loops() -> None:
         a[i, j] = a[j, i] = 1
     a.fill_diagonal_(0)
     looped = a + torch.eye(5)
-    torch.testing.assert_close(adjacency.mean.to_dense(), looped / looped.sum(dim=1, keepdim=True))
+    torch.testing.assert_close(adjacency.propagation.to_dense(), looped / looped.sum(dim=1, keepdim=True))
     assert torch.equal(adjacency.sum.to_dense(), a)
     assert torch.equal(adjacency.excluded.to_dense() != 0, looped != 0)
     source, target = adjacency.edge_index()
@@ -65,7 +65,7 @@ def test_dropedge_leaves_out_a_share_and_renormalizes() -> None:
     edges = ~adjacency.loops
     assert abs(1 - dropped.kept[edges].mean().item() - 0.3) < 0.03
     assert (dropped.kept[adjacency.loops] == 1).all()
-    torch.testing.assert_close(dropped.mean.to_dense().sum(dim=1), torch.ones(200))
+    torch.testing.assert_close(dropped.propagation.to_dense().sum(dim=1), torch.ones(200))
     assert dropped.edge_index().shape[1] == int(dropped.kept.sum())
     assert torch.equal(dropped.excluded.values(), torch.ones(len(dropped.kept)))  # ContraNorm's neighbours stay
 

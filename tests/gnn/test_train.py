@@ -20,8 +20,8 @@ from gnn import data as graphs
 from gnn import train as training
 from gnn.config import Config, ModelName, NormName
 from gnn.data import Graph, as_graph
+from gnn.layers import Adjacency
 from gnn.main import main, train_cell
-from gnn.models import Adjacency
 from gnn.train import TrainingSetup, accuracies
 from repro.errors import Interrupted, UserError
 from repro.report.records import comparable

@@ -13,7 +13,7 @@ from gnn.arxiv import train as training
 from gnn.arxiv.config import Config
 from gnn.arxiv.data import random_split
 from gnn.data import Graph
-from gnn.models import Adjacency
+from gnn.layers import Adjacency
 
 NODES, CLASSES = 60, 3
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gnn.arxiv import models
 from gnn.arxiv.config import Config
 from gnn.arxiv.models import Branch, GraphAttention, LayerGraph, RevGAT, layer_graphs, project
-from gnn.models import Adjacency
+from gnn.layers import Adjacency
 from gnn.pyg import nn as pyg_nn
 from gnn.sparse import Sparse
 

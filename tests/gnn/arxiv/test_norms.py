@@ -11,7 +11,7 @@ from torch import Tensor
 from contranorm import contra_norm
 from gnn.arxiv import norms
 from gnn.arxiv.norms import FeatureContraNorm, NodeContraNorm
-from gnn.models import Adjacency
+from gnn.layers import Adjacency
 from repro.errors import UserError
 
 N, D = 40, 6
