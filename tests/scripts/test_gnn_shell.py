@@ -25,7 +25,8 @@ from gnn import train as training
 from gnn.config import Config
 from gnn.main import main
 from gnn.pyg import Data
-from repro.config import parse_config
+from repro import tune
+from repro.config import load_yaml, parse_config
 from repro.report import figures, tables
 from repro.sweep import sweep
 
@@ -250,6 +251,64 @@ def test_from_lines_to_table_and_figures(
         flags = ["--x", "depth", "--label", "method", "--where", where, "--output", str(picture)]
         figures.main(["--records", str(runs), "--kind", kind, *flags])
         assert picture.stat().st_size > 5000
+
+
+# -- the rivals --------------------------------------------------------------------------------------------------------
+
+RIVALS = "scripts/reproduce_rivals.sh"
+
+
+def test_the_rivals_script_calls_what_exists(hear: Hear, tmp_path: Path) -> None:
+    chosen = {"DATASETS": "digits", "DEPTHS": "2 4", "METHODS": "vanilla gcnii", "TRIALS": "3", "SEEDS": "0 1"}
+    calls, _ = hear(RIVALS, **chosen, RESULTS=str(tmp_path / "r"), RECORDS="a.jsonl", FLAGS="--epochs 1", JOBS="1")
+    tuned, swept, chosen_by, ran, table = sorted(
+        calls, key=lambda call: ("tables" in call, "runs" in call, "--choose" in call, "sweep" in call)
+    )
+    shared = (
+        "-m repro.tune --space gnn/configs/tuning.yaml --data digits --depths 2 4 --methods vanilla gcnii --trials 3"
+    )
+    assert tuned == f"{shared} --tuning_seeds 100 --seeds 0 1 --flags=--epochs 1"
+    assert swept == f"-m repro.sweep --results {tmp_path}/r/tuning --records [a.jsonl] --jobs 1 --cluster local"
+    assert chosen_by == f"{tuned} --choose [a.jsonl] --output {tmp_path}/r/tuning.json"
+    assert ran == swept.replace("/tuning", "/runs")
+    (parsed,) = parse_report_calls([table])
+    assert (parsed.preset, parsed.output, parsed.records) == ("rivals", f"{tmp_path}/r/table.md", ["a.jsonl"])
+    calls, _ = hear(RIVALS, "--dry-run", **chosen, RESULTS=str(tmp_path / "r"), RECORDS="")
+    assert len(calls) == 2
+
+
+def test_every_rival_trains(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_small_graph: None,
+) -> None:
+    """Both trials of every method of the search space, the choice by them, the final run and the table."""
+    monkeypatch.chdir(root)
+    search = "--space gnn/configs/tuning.yaml --data digits --depths 3 --trials 2 --seeds 0 1".split()
+    search.append("--flags=--epochs 1 --device cpu")
+    runs = {}
+    for name, more in (("tuning", []), ("runs", ["--choose", str(tmp_path / "tuning")])):
+        tune.main([*search, *more])
+        runs[name], repeated = sweep.read_cells(capsys.readouterr().out.splitlines(), tmp_path / name)
+        assert not repeated
+        for cell in runs[name]:
+            monkeypatch.setattr(sys, "orig_argv", ["python", *cell.argv[1:]])  # what its record calls its command
+            main(list(cell.argv[3:]))
+        capsys.readouterr()
+    methods = load_yaml(root / "gnn/configs/tuning.yaml")["methods"]
+    assert len(runs["tuning"]) == len(runs["runs"]) == 2 * len(methods)
+    records = [json.loads((cell.folder / "record.json").read_text()) for cell in runs["runs"]]
+    assert all(record["config"]["tuning_trials"] == 2 for record in records)
+    assert all(record["multiply_adds"] > 0 and record["parameters"] > 0 for record in records)
+    tables.main(["--preset", "rivals", "--records", str(tmp_path / "runs")])
+    rows = [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| digits")]
+    assert rows == [
+        "vanilla", "vanilla + LayerNorm", "PN-SI", "PN-SI + LayerNorm", "DGN", "DGN + LayerNorm", "residual connection",
+        "initial connection", "jumping knowledge", "GCNII", "GCNII (symmetric)", "G2", "Half-Hop",
+        "ContraNorm + LayerNorm",
+    ]  # fmt: skip
 
 
 # -- the quickstart ----------------------------------------------------------------------------------------------------
