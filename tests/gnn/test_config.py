@@ -102,7 +102,7 @@ def test_defaults_are_table_3() -> None:
         ("--model GCNII --alpha 1.5", r"--alpha must be in \[0, 1\], got 1.5"),
         ("--half_hop -1", r"--half_hop must be in \[0, 1\], got -1.0"),
         ("--model G2 --gate_power 0.5", "--gate_power must be at least 1, got 0.5"),
-        ("--model GCNII --conv_wd inf", "--conv_wd must be at least 0, got inf"),
+        ("--model GCNII --conv_wd -1", "--conv_wd must be at least 0, got -1.0"),
         ("--model GIN --propagation symmetric", "--propagation symmetric: GIN weighs edges itself"),
         ("--model GCNII --connection initial", "--connection initial: GCNII has none; leave it out"),
         ("--connection dense", "--connection dense: choose one of residual, initial"),
