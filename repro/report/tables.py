@@ -67,7 +67,7 @@ class Config:
     show: Literal["table", "agreement", "sentence", "headline"] = "table"
     """table: the cells, and beside them the numbers from elsewhere; agreement: how many published cells agree, and
     which do not; sentence: the same in a sentence, and what --against finds in another; headline: without naming
-    them."""
+    the cells, and for the first form of ContraNorm only."""
     against: str | None = None
     """Also show how each cell differs from that of this row, over seeds: a method (`vanilla`), or `field=value`."""
     test: Literal["t", "wilcoxon"] = "t"
@@ -344,8 +344,9 @@ def _agreement(
     by_kind = {kind: [v for v in verdicts if v.entry.kind == kind] for kind in kinds}
     named = config.show != "headline"
     lines = [agreement_sentence(of, kinds[kind], named=named) for kind, of in by_kind.items() if of]
-    if config.show in ("sentence", "headline"):
-        return " ".join([*lines[:1], *(line for line in ours if line.startswith(METHOD))]) + "\n"
+    if config.show != "agreement":
+        mine = [line for line in ours if line.startswith(METHOD)]
+        return " ".join([*lines[:1], *(mine if named else mine[:1])]) + "\n"
     parts = [f"Rule: {RULE}.\n"]
     for line, of in zip(lines, filter(None, by_kind.values()), strict=True):
         table = agreement_table(of, config.percent)
