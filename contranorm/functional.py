@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from contranorm import kernels
 from contranorm.kernels.autograd import is_traced, is_transformed
 from contranorm.kernels.masks import with_padding, without_padding
+from contranorm.kernels.plain import softmax_weights
 from contranorm.options import Axis, Implementation, check_positive, check_switches
 
 
@@ -137,6 +138,38 @@ def apply_step(
 
 
 torch.fx.wrap("apply_step")  # symbolic tracing calls it as it is, whatever the shapes will be
+
+
+def scripted_step(
+    x: Tensor,
+    step: Tensor,
+    tau: float,
+    identity: bool,
+    scaled_identity: bool,
+    axis: str,
+    symmetric: bool,
+    pre_norm: bool,
+    mask: Tensor | None,
+) -> Tensor:
+    """`apply_step` in what torch.jit.script can compile: the plain form, with a step of shape (D,)."""
+    batch = x if x.dtype == torch.float64 else x.float()
+    if mask is not None:
+        if mask.shape != x.shape[:-1]:
+            raise ValueError(f"mask must be bool of shape {x.shape[:-1]} (True for real tokens), got {mask.shape}")
+        batch = batch.masked_fill(~mask.unsqueeze(-1), 0.0)
+    unit = F.normalize(batch, dim=-1)
+    if pre_norm:
+        batch = unit
+    if axis == "features":
+        contrast = batch @ softmax_weights(unit.mT @ unit / tau, symmetric, None, None)
+    else:
+        contrast = softmax_weights(unit @ unit.mT / tau, symmetric, mask, None) @ batch
+    own = step if scaled_identity else 1 + step if identity else torch.ones_like(step)
+    moved = own * batch - step * contrast
+    if mask is not None:
+        real = mask.unsqueeze(-1)  # TorchScript's gradient of torch.where multiplies by 0: NaN would stay
+        moved = moved.masked_fill(~real, 0.0) + x.to(moved.dtype).masked_fill(real, 0.0)
+    return moved.to(x.dtype)
 
 
 def _restore(moved: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:

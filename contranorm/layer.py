@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from contranorm.functional import apply_step
+from contranorm.functional import apply_step, scripted_step
 from contranorm.options import Axis, Implementation, check_positive, check_switches
 
 
@@ -73,8 +75,8 @@ class ContraStep(nn.Module):
         check_positive("tau", tau)
         check_switches(axis=axis, learnable=learnable, positive=positive, implementation=implementation, degree=degree)
         super().__init__(**(base or {}))
-        self.scale = scale
-        self.tau = tau
+        self.scale = float(scale)
+        self.tau = float(tau)
         self.identity = identity
         self.scaled_identity = scaled_identity
         self.axis: Axis = axis
@@ -103,6 +105,16 @@ class ContraStep(nn.Module):
 
     def take_step(self, x: Tensor, mask: Tensor | None = None, exclude: Tensor | None = None) -> Tensor:
         """`contra_norm` with this module's scale and switches; x (B, N, D) or (N, D)."""
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._apply_step(x, mask, exclude)
+        step = torch.full([x.shape[-1]], self.scale, device=x.device)
+        if hasattr(self, "step"):
+            step = self.step.exp() if self.positive else self.step
+        return scripted_step(
+            x, step, self.tau, self.identity, self.scaled_identity, self.axis, self.symmetric, self.pre_norm, mask
+        )
+
+    def _apply_step(self, x: Tensor, mask: Tensor | None, exclude: Tensor | None) -> Tensor:
         return apply_step(x, mask=mask, exclude=exclude, **self.settings())
 
     def settings(self) -> dict[str, Any]:
@@ -125,8 +137,8 @@ class ContraNorm(ContraStep, nn.LayerNorm):
     Source: Guo et al., ICLR 2023, Eq. 6, which prints HHᵀ; the released code, and this layer, take rows of unit length.
 
     Sub-classes nn.LayerNorm and, unless `learnable`, adds no state: its state dict has the keys of a plain LayerNorm,
-    so that checkpoints of vanilla models load. Works under torch.compile(fullgraph=True), torch.export, fx and
-    torch.func, and differentiates twice: the plain form stands in wherever a kernel of its own cannot.
+    so that checkpoints of vanilla models load. Works under torch.compile(fullgraph=True), torch.export, fx, torch.jit
+    and torch.func, and differentiates twice: the plain form stands in wherever a kernel of its own cannot.
 
     Args:
         dim: number of features D.
@@ -152,7 +164,7 @@ class ContraNorm(ContraStep, nn.LayerNorm):
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         base = {"normalized_shape": dim, "eps": eps, "elementwise_affine": elementwise_affine, "bias": bias, **place}
         super().__init__(scale, tau, dim=dim, base=base, **place, **switches)
-        self.register_forward_pre_hook(_keep_off_the_fast_path)
+        self._forward_pre_hooks = _NeverEmpty()
 
     def reset_parameters(self) -> None:
         """LayerNorm's ones and zeros; a learnable step starts at `scale`."""
@@ -168,7 +180,7 @@ class ContraNorm(ContraStep, nn.LayerNorm):
 
     def normalize(self, x: Tensor) -> Tensor:
         """The LayerNorm behind the step."""
-        return nn.LayerNorm.forward(self, x)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 def _sequences(x: Tensor) -> Tensor:
@@ -181,7 +193,7 @@ def _sequences(x: Tensor) -> Tensor:
         )
     if x.dim() != 3:
         raise ValueError(
-            f"ContraNorm contrasts the tokens of a sequence: x must be (B, N, D), got {tuple(x.shape)}. Pooled "
+            f"ContraNorm contrasts the tokens of a sequence: x must be (B, N, D), got {list(x.shape)}. Pooled "
             "vectors (global_pool='avg') or per-head tensors (qk_norm) need a plain LayerNorm; rows of one graph "
             "need GraphContraNorm"
         )
@@ -192,10 +204,17 @@ for _function in ("apply_step", "_sequences"):
     torch.fx.wrap(_function)  # symbolic tracing calls them as they are, whatever the shapes will be
 
 
-def _keep_off_the_fast_path(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    """Do nothing. That there is a hook is the point.
+class _NeverEmpty(OrderedDict[int, Any]):
+    """A module's hooks, whose number is never 0: the module must be called.
 
     In eval mode and without gradients, nn.TransformerEncoderLayer hands the weights of its norms to one fused kernel
     and never calls them, whatever their class. It does so only where no module inside has a forward hook, since hooks
-    would be skipped as well: of its conditions, the one that means "this module must be called".
+    would be skipped as well. A hook that does nothing would have to be compiled by torch.jit.script, with the module.
     """
+
+    def __len__(self) -> int:
+        return super().__len__() + 1
+
+
+# In TorchScript that path does not look for hooks, but a norm that may have no weights stops the compiler.
+ContraNorm.__annotations__ = nn.LayerNorm.__annotations__ | {"weight": Tensor | None, "bias": Tensor | None}

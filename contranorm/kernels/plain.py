@@ -27,19 +27,23 @@ def plain_contrast(
     dtype: torch.dtype,
 ) -> Tensor:
     """A·v, or (A + softmax over columns)·v. The oracle for the other kernels."""
+    dense = exclude if exclude is None or exclude.layout == torch.strided else stored_entries(exclude)
     logits = product(unit, unit.mT, dtype) / tau  # (B, N, N)
+    return product(softmax_weights(logits, symmetric, keep, dense), values, dtype)
+
+
+def softmax_weights(logits: Tensor, symmetric: bool, keep: Tensor | None, exclude: Tensor | None) -> Tensor:
+    """A, or A + softmax over columns; `exclude` is a dense bool. torch.jit.script can compile it."""
     if exclude is None and not symmetric:
         if keep is not None:  # the rows that are not kept are not read: only columns need the mask
-            logits = logits.masked_fill(~kept_columns(keep)[:, None, :], -torch.inf)
-        return product(logits.softmax(dim=-1), values, dtype)
+            logits = logits.masked_fill(~kept_columns(keep).unsqueeze(-2), -torch.inf)
+        return logits.softmax(dim=-1)
     if keep is not None:
         logits = logits.masked_fill(~(keep.unsqueeze(-1) & keep.unsqueeze(-2)), -torch.inf)
     if exclude is not None:
-        logits = logits.masked_fill(exclude if exclude.layout == torch.strided else stored_entries(exclude), -torch.inf)
+        logits = logits.masked_fill(exclude, -torch.inf)
     weights = softmax_or_zero(logits, dim=-1)
-    if symmetric:
-        weights = weights + softmax_or_zero(logits, dim=-2)
-    return product(weights, values, dtype)
+    return weights + softmax_or_zero(logits, dim=-2) if symmetric else weights
 
 
 def sdpa_contrast(unit: Tensor, values: Tensor, *, tau: float, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -61,10 +65,7 @@ def feature_contrast(unit: Tensor, values: Tensor, *, tau: float | Tensor, symme
     dtype = product_dtype(unit)
     with no_autocast(unit):
         logits = unit.mT @ unit / tau  # (B, D, D); not bounded by 1/τ, so its rounding would not be either
-        weights = logits.softmax(dim=-1)
-        if symmetric:
-            weights = weights + logits.softmax(dim=-2)
-        return product(values, weights, dtype)
+        return product(values, softmax_weights(logits, symmetric, None, None), dtype)
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -181,7 +181,7 @@ def test_causal_models_are_refused():
 def test_pooled_vectors_that_no_name_gives_away_are_refused_at_the_first_forward():
     model = Norm(pool=True)
     replace_layer_norms(model, 0.1, verbose=False)
-    with pytest.raises(ValueError, match=r"^norm: .*\(2, 8\).*leave it out"):
+    with pytest.raises(ValueError, match=r"^norm: .*\[2, 8\].*leave it out"):
         model(torch.randn(2, 5, 8))
 
 

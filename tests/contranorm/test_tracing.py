@@ -1,4 +1,4 @@
-"""torch's ways of recording a program: export, compile, fx, jit.trace, meta and fake tensors."""
+"""torch's ways of recording a program: export, compile, fx, jit, meta and fake tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMS = [
 ]
 each_form = pytest.mark.parametrize("form", FORMS, ids=str)
 each_layer = pytest.mark.parametrize("layer", LAYERS)
-deprecated = pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated:FutureWarning")
+deprecated = pytest.mark.filterwarnings("ignore:.*torch.jit.(trace|script).* is deprecated:FutureWarning")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -115,6 +115,32 @@ def test_fx_symbolic_trace_of_the_function():
 def test_jit_trace(layer, form):
     module = LAYERS[layer](**form)
     assert_equal(torch.jit.trace(module, batches()[0]), module)
+
+
+@deprecated
+@pytest.mark.parametrize("form", [*FORMS, dict(scaled_identity=True), dict(symmetric=True, axis="features")], ids=str)
+@each_layer
+def test_jit_script(layer, form):
+    module = LAYERS[layer](**form)
+    scripted = torch.jit.script(module)
+    assert_equal(scripted, module)
+    x, mask = batches()[0]
+    torch.testing.assert_close(scripted(x), module(x), atol=1e-5, rtol=1e-4)
+    x = x.masked_fill(~mask.unsqueeze(-1), torch.nan).requires_grad_()
+    gradients = [torch.autograd.grad(run(x, mask)[mask].square().sum(), x)[0][mask] for run in (scripted, module)]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+    with pytest.raises(torch.jit.Error, match="mask must be bool"):
+        scripted(x, mask[:1])
+
+
+@deprecated
+def test_jit_script_of_the_fast_path_is_refused():
+    """It would skip the norms of nn.TransformerEncoderLayer, and in TorchScript nothing else can stop it."""
+    vanilla = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True).eval()
+    torch.jit.script(vanilla)
+    vanilla.norm1, vanilla.norm2 = ContraNorm(6, 0.3), ContraNorm(6, 0.3)
+    with pytest.raises(RuntimeError, match="Optional"):
+        torch.jit.script(vanilla)
 
 
 @each_form
