@@ -63,6 +63,9 @@ class Config(ContraNormOptions, RunConfig):
     """Evaluation examples per process and forward pass; changes no metric."""
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step."""
+    effective_batch: int | None = None
+    """Training examples per optimizer step, whatever the number of processes: --gradient_accumulation_steps follows
+    from it. A multiple of per_device_train_batch_size x processes; the tables in configs/ say the paper's 32."""
     learning_rate: float = 2e-5
     """Peak learning rate of AdamW; the paper's value."""
     weight_decay: float = 0.0
@@ -108,6 +111,7 @@ class Config(ContraNormOptions, RunConfig):
     def __post_init__(self) -> None:
         positive = ["max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate"]
         positive += ["gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "num_hidden_layers"]
+        positive += ["effective_batch"]
         for name in (*positive, "preprocessing_num_workers"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -115,6 +119,8 @@ class Config(ContraNormOptions, RunConfig):
         for name in ("weight_decay", "num_warmup_steps", "num_train_epochs", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} must be >= 0, got {getattr(self, name)}")
+        if self.effective_batch is not None and self.gradient_accumulation_steps != 1:
+            raise ValueError("--gradient_accumulation_steps follows from --effective_batch: leave one of them out")
         if self.compact_embeddings is None:
             self.compact_embeddings = self.weight_decay == 0
         elif self.compact_embeddings and self.weight_decay > 0:
@@ -155,6 +161,20 @@ class Config(ContraNormOptions, RunConfig):
     def task(self) -> str:
         """The task's name, or that of the own validation file."""
         return self.task_name or Path(str(self.validation_file)).stem
+
+    def accumulation(self, processes: int) -> int:
+        """Forward passes per optimizer step with so many processes; a UserError where they cannot make up the batch."""
+        if self.effective_batch is None:
+            return self.gradient_accumulation_steps
+        share = self.effective_batch // processes
+        if self.effective_batch % (self.per_device_train_batch_size * processes):
+            fits = f"give --per_device_train_batch_size {share}, or a divisor of it"
+            raise UserError(
+                f"--effective_batch {self.effective_batch} is not a multiple of --per_device_train_batch_size "
+                f"{self.per_device_train_batch_size} x {processes} processes: "
+                + (fits if self.effective_batch % processes == 0 else "use another number of processes")
+            )
+        return share // self.per_device_train_batch_size
 
     @property
     def site_names(self) -> list[str]:

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from BERT_glue.models import describe
     from BERT_glue.predict import write_predictions
     from BERT_glue.sites import active_sites
-    from BERT_glue.train import collapse_by_layer, make_accelerator, predict, prepare, train
+    from BERT_glue.train import collapse_by_layer, describe_batch, make_accelerator, predict, prepare, train
     from repro.run.run import Run
 
     transformers.logging.set_verbosity_error()
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         model = accelerator.unwrap_model(setup.model)
         accelerator.print(describe(model))
+        accelerator.print(describe_batch(setup))
         untrained = collapse_by_layer(setup) if config.probe and is_main else {}
         progress = train(setup, run)
         predictions = {file: predict(setup, loader)[0] for file, loader in setup.test.items()}

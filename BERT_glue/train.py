@@ -78,13 +78,13 @@ def make_accelerator(config: Config) -> Accelerator:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # without it torchrun's processes ignore each other on CPUs
             mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
         )
     except ValueError as error:
         raise UserError(f"--mixed_precision {config.mixed_precision}: {error}") from error
     if accelerator.num_processes != (started := int(os.environ.get("WORLD_SIZE", "1"))):
         raise UserError(f"started as one of {started} processes that do not find each other; use torchrun")
+    accelerator.gradient_accumulation_steps = config.accumulation(accelerator.num_processes)
     return accelerator
 
 
@@ -119,7 +119,7 @@ def prepare(config: Config, accelerator: Accelerator) -> TrainingSetup:
     if rows:
         by_length = config.group_by_length
         train = loader(rows, config.per_device_train_batch_size, shuffle=True, group_by_length=by_length)
-        steps = math.ceil(len(train) / config.gradient_accumulation_steps) * config.num_train_epochs
+        steps = math.ceil(len(train) / accelerator.gradient_accumulation_steps) * config.num_train_epochs
     validation = {suffix: loader(rows, size) for suffix, rows in validation.items()}
     test = {file: loader(rows, size) for file, rows in test.items()}
     steps = min(steps, config.max_train_steps or steps)
@@ -129,6 +129,14 @@ def prepare(config: Config, accelerator: Accelerator) -> TrainingSetup:
         config, accelerator, splits.task, model, tokenizer, parameters, train, validation, test, optimizer, scheduler,
         steps,
     )  # fmt: skip
+
+
+def describe_batch(setup: TrainingSetup) -> str:
+    """One line: the effective batch, what it is made of, and the number of steps."""
+    share, processes = setup.config.per_device_train_batch_size, setup.accelerator.num_processes
+    passes = setup.accelerator.gradient_accumulation_steps
+    batch = f"{share} x {passes} x {processes} processes = {share * passes * processes}"
+    return f"batch: {batch}; {setup.total_steps} steps, {setup.config.num_train_epochs} epochs"
 
 
 def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
@@ -189,7 +197,7 @@ def train(setup: TrainingSetup, run: Run) -> Progress:
 def train_batch(setup: TrainingSetup, batch: dict[str, Tensor], number: int) -> Tensor:
     """The loss of batch `number` of its epoch, after backward and, at the end of a group, the optimizer's step."""
     # accelerate divides the gradient by the group's nominal size: an epoch's last group may be shorter
-    size = setup.config.gradient_accumulation_steps
+    size = setup.accelerator.gradient_accumulation_steps
     weight = size / min(size, len(setup.train) - number // size * size)
     with setup.accelerator.accumulate(setup.model):
         loss = setup.model(**batch).loss

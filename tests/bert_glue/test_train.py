@@ -20,12 +20,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import BERT_glue as bg
 import BERT_glue.train as training
+from BERT_glue.config import Config
 from BERT_glue.main import main as main_once
 from BERT_glue.metric import KEYS
 from BERT_glue.tasks import TASKS
 from contranorm import attention_similarity
 from contranorm.collapse import METRICS
-from repro.errors import Interrupted, UserError
+from repro.errors import Interrupted, UserError, run_main
 from repro.run.run import Run
 
 
@@ -152,6 +153,36 @@ def test_accumulated_gradients_equal_the_large_batch(command: Any, tmp_path: Pat
         torch.testing.assert_close(ours[name], theirs[name], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("processes", "expected"),
+    [
+        (1, 4),
+        (2, 2),
+        (4, 1),
+        (3, "--effective_batch 32 is not a multiple of --per_device_train_batch_size 8 x 3 processes: use another"),
+        (8, "x 8 processes: give --per_device_train_batch_size 4, or a divisor of it"),
+    ],
+)
+def test_the_effective_batch_is_kept_by_accumulation(processes: int, expected: int | str) -> None:
+    config = Config(
+        model_name_or_path="minilm", output_dir="out", task_name="rte",
+        effective_batch=32, per_device_train_batch_size=8,
+    )  # fmt: skip
+    if isinstance(expected, int):
+        assert config.accumulation(processes) == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            config.accumulation(processes)
+
+
+def test_an_effective_batch_that_does_not_divide_ends_in_one_line(command: Any, tmp_path: Path, capsys: Any) -> None:
+    for more in (["--effective_batch", "6"], ["--effective_batch", "8", "--gradient_accumulation_steps", "2"]):
+        with pytest.raises(SystemExit, match="2"):
+            run_main(lambda more=more: main(command(tmp_path / "run", *more)))
+        assert "--effective_batch" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
 def torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -161,12 +192,14 @@ def torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_two_processes_equal_one(command: Any, tmp_path: Path, record: Any) -> None:
+def test_two_processes_equal_one(command: Any, tmp_path: Path, record: Any, capsys: Any) -> None:
     """Judged by the files: gloo sometimes aborts at exit, after everything was written."""
-    common = [*SITE, "--max_train_steps", "1", "--save_model", "--do_predict"]
-    main(command(tmp_path / "one", *common, "--per_device_train_batch_size", "8"))
+    common = [*SITE, "--max_train_steps", "1", "--save_model", "--do_predict", "--effective_batch", "8"]
+    main(command(tmp_path / "one", *common))
+    assert "batch: 4 x 2 x 1 processes = 8; 1 steps" in capsys.readouterr().out
     result = torchrun(command(tmp_path / "two", *common))
     assert (tmp_path / "two" / "record.json").exists(), result.stderr[-2000:]
+    assert "batch: 4 x 1 x 2 processes = 8; 1 steps" in result.stdout
     one, two = record(tmp_path / "one"), record(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
     assert one["metrics"] == two["metrics"]
