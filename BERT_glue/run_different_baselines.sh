@@ -15,12 +15,18 @@ SITES="${SITES:-attention_sum}"                          # names separated by co
 SEEDS="${SEEDS:-2021}"
 FLAGS="${FLAGS:-}"                                       # appended to every line, e.g. "--group_by_length"
 CONTRANORM_FLAGS="${CONTRANORM_FLAGS:-}"                 # to the lines with ContraNorm only, e.g. "--include_padding"
+PROCESSES="${PROCESSES:-1}"                              # per cell, one per GPU: they share the batch of 32
 RESULTS="${RESULTS:-results/table1/runs}"
 RECORDS="${RECORDS-$(compgen -G 'results/table1/*.jsonl' | paste -sd, || true)}" # records whose cells are not run again, by commas
 
+program="python -m BERT_glue.main"
+if [ "$PROCESSES" -gt 1 ]; then
+    program="torchrun --standalone --nproc-per-node=$PROCESSES -m BERT_glue.main"
+    FLAGS="--per_device_train_batch_size $((32 / PROCESSES)) $FLAGS"
+fi
 for task in $TASKS; do for scale in $SCALES; do for seed in $SEEDS; do
     if [ "$scale" = vanilla ]; then site="--pos 0"; else site="--sites $SITES --scale $scale $CONTRANORM_FLAGS"; fi
-    echo "python -m BERT_glue.main --config $CONFIG --model_name_or_path $MODEL --task_name $task $site --seed $seed $FLAGS"
+    echo "$program --config $CONFIG --model_name_or_path $MODEL --task_name $task $site --seed $seed $FLAGS"
 done; done; done |
     "$PYTHON" -m repro.sweep --results "$RESULTS" ${RECORDS:+--records "[$RECORDS]"} --jobs "${JOBS:-2}" \
         --cluster "${CLUSTER:-local}" "$@"

@@ -75,6 +75,15 @@ def test_sweep_covers_tasks_scales_and_seeds(
     assert cells == {(t, s, n) for t in PAPER_TASKS for s in ["vanilla", *SCALES] for n in (7,)}
 
 
+def test_processes_of_a_cell_share_the_papers_batch(shell: Any, monkeypatch: Any, root: Path) -> None:
+    _, (line,) = shell("BERT_glue/run_different_baselines.sh", TASKS="rte", SCALES="0.1", PROCESSES="2")
+    monkeypatch.chdir(root)
+    words = shlex.split(line)
+    assert words[:5] == ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "BERT_glue.main"]
+    config = parse([*words[5:], "--output_dir", "x"])
+    assert config.effective_batch == 32 and config.accumulation(processes=2) == 1
+
+
 def test_contranorms_own_flags_stay_off_the_vanilla_line(shell: Any, monkeypatch: Any, root: Path) -> None:
     flags = {"FLAGS": "--group_by_length", "CONTRANORM_FLAGS": "--include_padding"}
     _, lines = shell("BERT_glue/run_different_baselines.sh", TASKS="rte", SCALES="vanilla 0.1", **flags)
