@@ -27,6 +27,7 @@ from contranorm.kernels.plain import plain_contrast, product_dtype
 NORM_EPS = 1e-12  # as in torch.nn.functional.normalize
 # Elements of (n, N, N + D) that n sequences taken together may have on a CPU, for each thread.
 CHUNK = 1 << 18
+HARMLESS = 1e12  # norms whose products are far from overflow: 0 times what such rows hold is 0
 
 
 class _Step(torch.autograd.Function):
@@ -37,27 +38,33 @@ class _Step(torch.autograd.Function):
         ctx: Any, x: Tensor, own: float, scale: float, tau: float, keep: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        b, n, _ = x.shape
+        b, n, d = x.shape
         x = x.contiguous()
         y = torch.empty_like(x)
         weights = x.new_empty((b, n, n), dtype=dtype)  # A
         inverse = x.new_empty((b, n, 1))  # 1 / ‖x‖
-        for rows, y_, a, inverse_, kept in _together(x, y, weights, inverse, keep=keep):
-            x_ = rows if kept is None else without_padding(rows, kept)
+        size = max(1, b if x.is_cuda else CHUNK * torch.get_num_threads() // max(1, n * (n + d)))
+        padding = _paddings(keep, b, size)
+        for rows, y_, a, inverse_, pad in _together(size, padding, x, y, weights, inverse):
+            others = pad and pad.select(rows)
+            x_ = pad.silence(rows, others) if pad else rows
+            if pad:
+                pad.x_is_safe = x_ is rows
             norm = torch.linalg.vector_norm(x_, dim=-1, keepdim=True)
             torch.reciprocal(norm.clamp_min_(NORM_EPS), out=inverse_)
             unit = (x_ * inverse_).to(dtype)
-            torch.baddbmm(a, unit, unit.mT, beta=0, alpha=1 / tau, out=a)  # beta = 0: a is not read
-            if kept is not None:
-                a.masked_fill_(~kept_columns(kept).unsqueeze(1), -torch.inf)
+            if pad:
+                torch.baddbmm(pad.bias(dtype), unit, unit.mT, alpha=1 / tau, out=a)
+            else:
+                torch.baddbmm(a, unit, unit.mT, beta=0, alpha=1 / tau, out=a)  # beta = 0: a is not read
             torch.softmax(a, dim=-1, out=a)
-            if kept is not None:
-                a.mul_(kept.unsqueeze(-1))  # the gradient through A then needs no mask any more
+            if pad:
+                a.mul_(pad.keep.unsqueeze(-1))  # the gradient through A then needs no mask any more
             _product(own, x_, -scale, a, x_, out=y_)
-            if kept is not None:
-                y_.copy_(with_padding(y_, rows, kept))
+            if pad:
+                pad.restore(y_, others)
         ctx.save_for_backward(x, weights, inverse)
-        ctx.settings = (own, scale, tau, keep)
+        ctx.settings = (own, scale, tau, size, padding)
         return y
 
     @staticmethod
@@ -66,13 +73,13 @@ class _Step(torch.autograd.Function):
         if grad is None:
             return (None,) * 6
         x, weights, inverse = ctx.saved_tensors
-        own, scale, tau, keep = ctx.settings
+        own, scale, tau, size, padding = ctx.settings
         grad = grad.contiguous()
         grad_x = torch.empty_like(x)
-        for x_, upstream, out, a, inverse_, kept in _together(x, grad, grad_x, weights, inverse, keep=keep):
-            g = upstream
-            if kept is not None:
-                x_, g = without_padding(x_, kept), without_padding(g, kept)
+        for rows, upstream, out, a, inverse_, pad in _together(size, padding, x, grad, grad_x, weights, inverse):
+            others = pad and pad.select(upstream)
+            g = pad.silence(upstream, others) if pad else upstream
+            x_ = rows if pad is None or pad.x_is_safe else without_padding(rows, pad.keep)
             unit = (x_ * inverse_).to(a.dtype)
             _product(own, g, -scale, a.mT, g, out=out)
             slope = torch.bmm(g.to(a.dtype), x_.to(a.dtype).mT)  # G, (n, N, N)
@@ -81,23 +88,58 @@ class _Step(torch.autograd.Function):
             along = (grad_unit * unit).sum(dim=-1, keepdim=True)
             grad_unit.addcmul_(unit.to(x.dtype), along, value=-1)  # x̂ stays on the sphere
             out.addcmul_(grad_unit, inverse_, value=-scale / tau)
-            if kept is not None:
-                out.copy_(with_padding(out, upstream, kept))
+            if pad:
+                pad.restore(out, others)
         return grad_x, None, None, None, None, None
 
 
-def _together(x: Tensor, *others: Tensor, keep: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """All of them, a few sequences at a time; a part of `keep` that keeps everything is None.
+class _Padding:
+    """The rows that do not count in a few sequences taken together.
 
-    On a GPU, all sequences at once, and `keep` is not looked at: that would have to wait.
+    Attributes:
+        keep: (n, N), False for these rows.
+        rows: their numbers, (R,); None on a GPU, where looking for them would have to wait.
+        x_is_safe: the features of these rows, times 0, are 0.
     """
-    b, n, d = x.shape
-    size = max(1, b if x.is_cuda else CHUNK * torch.get_num_threads() // max(1, n * (n + d)))
-    parts = [torch.split(tensor, size) for tensor in (x, *others)]
-    kept: list[Tensor | None] = [None] * len(parts[0])
-    if keep is not None:
-        kept = [None if not part.is_cuda and bool(part.all()) else part for part in torch.split(keep, size)]
-    return zip(*parts, kept, strict=True)
+
+    def __init__(self, keep: Tensor) -> None:
+        self.keep = keep
+        self.rows = None if keep.is_cuda else (~keep).flatten().nonzero().squeeze(1)
+        self.x_is_safe = False
+
+    def select(self, x: Tensor) -> Tensor:
+        """These rows of x (n, N, D), (R, D); on a GPU all of x."""
+        return x if self.rows is None else x.flatten(0, 1).index_select(0, self.rows)
+
+    def silence(self, x: Tensor, others: Tensor) -> Tensor:
+        """X, with zeros in these rows, `others`, where a weight of 0 would not take them out: 0·NaN is NaN."""
+        if self.rows is not None and bool(torch.linalg.vector_norm(others) < HARMLESS):
+            return x
+        return without_padding(x, self.keep)
+
+    def restore(self, y: Tensor, others: Tensor) -> None:
+        """Write `others` to these rows of y."""
+        if self.rows is None:
+            y.copy_(torch.where(self.keep.unsqueeze(-1), y, others))
+        else:
+            y.flatten(0, 1).index_copy_(0, self.rows, others)
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """What is added to logits: 0 where a column counts, -inf where not, (n, 1, N)."""
+        zeros = torch.zeros(self.keep.shape, dtype=dtype, device=self.keep.device)
+        return zeros.masked_fill_(~kept_columns(self.keep), -torch.inf).unsqueeze(1)
+
+
+def _paddings(keep: Tensor | None, b: int, size: int) -> list[_Padding | None]:
+    """The padding of each part of `size` sequences; None for one without (on a GPU, only where there is no mask)."""
+    if keep is None:
+        return [None] * -(-b // size)
+    return [None if not part.is_cuda and bool(part.all()) else _Padding(part) for part in torch.split(keep, size)]
+
+
+def _together(size: int, padding: list[_Padding | None], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """The tensors `size` sequences at a time, on a GPU all at once, and the padding of each part."""
+    return zip(*(torch.split(tensor, size) for tensor in tensors), padding, strict=True)
 
 
 def _product(beta: float, base: Tensor, alpha: float, a: Tensor, b: Tensor, out: Tensor) -> None:
