@@ -75,7 +75,7 @@ class Config(ContraNormOptions, RunConfig):
     processes."""
     lr: float = 5e-4
     """Learning rate per 512 images: it is multiplied by effective batch / 512, as in DeiT, unless --unscaled-lr."""
-    unscaled_lr: bool = False
+    unscaled_lr: bool = field(default=False, metadata={"aliases": ("unscale_lr",)})
     """Take --lr as it is."""
     min_lr: float = 1e-5
     """Where the cosine ends. DeiT's value."""

@@ -91,6 +91,7 @@ def test_the_references_spellings() -> None:
     )
     assert (config.scale, config.tau, config.symmetric, config.pre_norm) == (0.2, 0.5, True, True)
     assert (config.learnable, config.positive, config.identity, config.input_size) == (True, True, True, 64)
+    assert parse("--scale=0.1", "--unscale-lr").unscaled_lr
     deit3 = parse("--scale=0.1", *"--ThreeAugment --src --bce-loss --smoothing 0".split())
     assert (deit3.three_augment, deit3.src, deit3.bce_loss) == (True, True, True)
 
