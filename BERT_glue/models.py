@@ -38,6 +38,9 @@ def load_backbone(config: Config, task: Task) -> tuple[PreTrainedModel, PreTrain
     flag = f"--model_name_or_path {config.model_name_or_path}"
     try:
         name = checkpoint_of(config.model_name_or_path)
+    except ValueError as error:
+        raise UserError(f"--model_name_or_path {error}") from error
+    try:
         vanilla = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, StrictDataclassError) as error:

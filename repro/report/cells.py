@@ -26,7 +26,7 @@ def select_runs(frame: pd.DataFrame, where: dict[str, str]) -> pd.DataFrame:
     """The runs whose fields have these values; a UserError where that leaves none."""
     for name, wanted in where.items():
         if name not in frame:
-            raise UserError(f"--where {name}: no field of these records")
+            raise no_field(f"--where {name}", frame)
         frame = frame[frame[name].map(str) == str(wanted)]
     if frame.empty:
         raise UserError("no record is left after --where")
@@ -36,9 +36,9 @@ def select_runs(frame: pd.DataFrame, where: dict[str, str]) -> pd.DataFrame:
 def select_best(frame: pd.DataFrame, keys: list[str], best: str, by: str) -> pd.DataFrame:
     """Keep, in each group of `keys`, the runs of the value of `best` with the highest mean of metric `by`."""
     if best not in frame:
-        raise UserError(f"--best {best}: no field of these records")
+        raise no_field(f"--best {best}", frame)
     if f"metrics.{by}" not in frame:
-        raise UserError(f"--by {by}: no record has that metric; there are {_metrics(frame)}")
+        raise UserError(f"--by {by}: no record has that metric; there are {metrics_of(frame)}")
     kept = []
     for _, group in frame.groupby(keys, dropna=False, sort=False):
         values = group[best].map(text_of)
@@ -57,10 +57,10 @@ def aggregate(frame: pd.DataFrame, keys: list[str], metric: str) -> pd.DataFrame
     """
     column = f"metrics.{metric}"
     if column not in frame:
-        raise UserError(f"--metric {metric}: no record has it; there are {_metrics(frame)}")
+        raise UserError(f"--metric {metric}: no record has it; there are {metrics_of(frame)}")
     for name in keys:
         if name not in frame:
-            raise UserError(f"{name}: no field of these records")
+            raise no_field(name, frame)
     cells = []
     for labelled, group in frame.groupby(keys, dropna=False, sort=False):
         labels = dict(zip(keys, labelled, strict=True))
@@ -152,7 +152,20 @@ def _one_per_replicate(group: pd.DataFrame, column: str, where: str) -> pd.DataF
     return group[~runs.duplicated()]
 
 
-def _metrics(frame: pd.DataFrame) -> str:
+def no_field(name: str, frame: pd.DataFrame) -> UserError:
+    """`name` is no field of the records; the error lists those that are."""
+    return UserError(f"{name}: no field of these records; there are {fields_of(frame)}")
+
+
+def fields_of(frame: pd.DataFrame) -> str:
+    """The fields that can make rows and columns, in a list: those of the cell, then those of the config."""
+    cell = [*CELL_FIELDS, "family", "experiment", "protocol", "selection", "seed"]
+    fields = dict.fromkeys([*cell, *(field for fields in frame["settings"] for field in fields)])
+    return ", ".join(name for name in fields if name != "order" and name in frame and frame[name].notna().any())
+
+
+def metrics_of(frame: pd.DataFrame) -> str:
+    """The names of the metrics, in a list."""
     return ", ".join(c.removeprefix("metrics.") for c in frame.columns if c.startswith("metrics.")) or "none"
 
 

@@ -27,7 +27,16 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from repro.config import parse_config
 from repro.errors import UserError, run_main
-from repro.report.cells import aggregate, ordered_labels, select_best, select_runs, sortable, split_names, text_of
+from repro.report.cells import (
+    aggregate,
+    no_field,
+    ordered_labels,
+    select_best,
+    select_runs,
+    sortable,
+    split_names,
+    text_of,
+)
 from repro.report.published import METHOD, load_entries
 from repro.report.records import curve_of, find_records, load_records, records_flag
 
@@ -384,7 +393,7 @@ def draw(config: Config, command: str = "") -> list[Path]:
     frame = load_records(config.records)
     for name in [*curves, *each]:
         if name not in frame:
-            raise UserError(f"{name}: no field of these records")
+            raise no_field(name, frame)
     frame = select_runs(frame, config.where)
     if config.kind in ("collapse", "spectrum"):
         frame = frame[frame[config.kind].notna()] if config.kind in frame else frame[:0]

@@ -23,7 +23,9 @@ from repro.report.cells import (
     AVERAGE,
     add_average,
     aggregate,
+    fields_of,
     in_order,
+    metrics_of,
     select_best,
     select_runs,
     show,
@@ -364,7 +366,11 @@ def main(argv: list[str] | None = None) -> None:
     config = dataclasses.replace(config, **given)
     missing = [f"--{name}" for name in ("rows", "metric") if not getattr(config, name)]
     if missing:
-        raise UserError(f"{' and '.join(missing)} missing: give them, or a --preset ({', '.join(PRESETS)})")
+        frame = load_records(config.records)
+        raise UserError(
+            f"{' and '.join(missing)} missing: give them, or a --preset ({', '.join(PRESETS)}); "
+            f"the records have the fields {fields_of(frame)} and the metrics {metrics_of(frame)}"
+        )
     text = build(config, load_entries())
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,7 @@ def test_fractions_or_percent_and_where(write_records, table):
     text = table(folder, "--no_percent", "--where", "{data: cora}")
     assert "0.6000 ± 0.1414 (2)" in text and "dblp" not in text and "in %" not in text
     for wrong in ("{data: pubmed}", "{colour: red}"):
-        with pytest.raises(UserError, match=r"no record is left after --where|--where colour"):
+        with pytest.raises(UserError, match=r"no record is left after --where|--where colour: .*there are data, depth"):
             table(folder, "--where", wrong)
 
 
@@ -176,11 +176,16 @@ def test_a_number_that_is_missing_is_not_left_out_of_the_mean(write_records, tab
 
 
 def test_wrong_names_are_told_with_those_there_are(write_records, table):
-    folder = write_records([0.5], data="cora")
-    for rows, metric, told in [("colour", "test_accuracy", "colour"), ("data", "f1", "there are test_accuracy")]:
+    folder = write_records([0.5], data="cora", hid=32)
+    known = "data, experiment, protocol, selection, seed, hid"
+    for rows, metric, told in [
+        ("colour", "test_accuracy", f"colour: no field of these records; there are {known}$"),
+        ("data", "f1", "there are test_accuracy$"),
+    ]:
         with pytest.raises(UserError, match=told):
             table(folder, rows=rows, metric=metric)
-    for flags, told in [([], "--rows and --metric missing"), (["--rows", "data"], "--metric missing")]:
+    listed = f"the records have the fields {known} and the metrics test_accuracy$"
+    for flags, told in [([], f"--rows and --metric missing: .*{listed}"), (["--rows", "data"], "--metric missing")]:
         with pytest.raises(UserError, match=told):
             table(folder, *flags, rows="")
     with pytest.raises(UserError, match="--records is missing"):
