@@ -250,7 +250,10 @@ def recorded(cells: list[Cell], places: list[str] | str) -> dict[str, Status]:
 
 
 def estimate(cells: list[Cell], todo: list[Cell], config: Config) -> str:
-    """The hours of a plan: each cell's are the median of the recorded ones with its settings, whatever their seed."""
+    """The hours of a plan: each cell's are the median of the recorded ones with its settings, whatever their seed.
+
+    Of cells that no record tells about, it says what the datasheet of their --config does.
+    """
 
     def settings(command: Canonical) -> Canonical:
         return command[0], frozenset(flag for flag in command[1] if flag[0] != "seed")
@@ -262,18 +265,33 @@ def estimate(cells: list[Cell], todo: list[Cell], config: Config) -> str:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             seconds = json.loads((cell.folder / "record.json").read_text(encoding="utf-8"))["seconds"]
             taken[settings(canonical(cell.line))].append(float(seconds))
-    measured = [taken[key] for cell in todo if taken[key := settings(canonical(cell.line))]]
+    of_cell = {cell.line: taken[settings(canonical(cell.line))] for cell in todo}
+    measured = [seconds for seconds in of_cell.values() if seconds]
     hours = sum(statistics.median(seconds) for seconds in measured) / 3600
     rest = len(todo) - len(measured)
+    sheets = collections.Counter(datasheet(line) for line, seconds in of_cell.items() if not seconds)
     parts = [f"{hours:.2g} h for {len(measured)} cells, by the records of their settings"] if measured else []
     if rest and config.hours_per_cell:
         hours += rest * config.hours_per_cell
         parts.append(f"{rest * config.hours_per_cell:.2g} h for {rest} cells, by --hours_per_cell")
-    elif rest:
-        parts.append(f"unknown for {rest} cells: no record has their settings, and --hours_per_cell is not given")
+    else:
+        neither = "no record has their settings, no datasheet a time, and --hours_per_cell is not given"
+        for sheet, count in sheets.items():
+            known = sheet and f"{count} cells, by the datasheet {sheet[0]}: {sheet[1]}"
+            parts.append(known or f"unknown for {count} cells: {neither}")
     if hours:
         parts.append(f"{hours / config.jobs:.2g} h with {config.jobs} side by side")
     return "time: " + "; ".join(parts)
+
+
+def datasheet(line: str) -> tuple[str, str] | None:
+    """The file that --config names in a line, and what its comment `# Time: ...` says; None where there is none."""
+    named = re.search(r"--config[ =](\S+)", line)
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        text = Path(named[1]).read_text(encoding="utf-8") if named else ""
+        if found := re.search(r"^# Time: *(.+(\n#  +.+)*)", text, re.MULTILINE):
+            return str(named and named[1]), " ".join(found[1].replace("\n#", " ").split()).rstrip(".")
+    return None
 
 
 def show(cells: list[Cell], results: Path, known: dict[str, Status]) -> None:

@@ -184,7 +184,8 @@ def test_the_plan_says_how_long_it_takes_or_that_nobody_knows(run_sweep: Any, tm
     told = plan(run_sweep, capsys, known, "--records", str(path))
     assert told == "time: 4 h for 2 cells, by the records of their settings; 2 h with 2 side by side"
     told = plan(run_sweep, capsys, unknown)
-    assert told == "time: unknown for 3 cells: no record has their settings, and --hours_per_cell is not given"
+    neither = "no record has their settings, no datasheet a time, and --hours_per_cell is not given"
+    assert told == f"time: unknown for 3 cells: {neither}"
     told = plan(run_sweep, capsys, known + unknown, "--records", str(path), "--hours_per_cell", "0.5")
     assert told == (
         "time: 4 h for 2 cells, by the records of their settings; 1.5 h for 3 cells, by --hours_per_cell; "
@@ -196,6 +197,20 @@ def test_the_plan_says_how_long_it_takes_or_that_nobody_knows(run_sweep: Any, tm
     (done.folder / "record.json").write_text(json.dumps({"metrics": {}, "seconds": 1800}))
     told = plan(run_sweep, capsys, unknown)
     assert told == "time: 1 h for 2 cells, by the records of their settings; 0.5 h with 2 side by side"
+
+
+def test_the_plan_quotes_the_datasheet_of_a_config(run_sweep: Any, tmp_path: Path, capsys: Any) -> None:
+    sheet, silent = tmp_path / "sheet.yaml", tmp_path / "silent.yaml"
+    sheet.write_text("# Hardware: 4 GPUs\n# Time:     two hours\n#           on these.\n# Expect:   1\na: 1\n")
+    silent.write_text("a: 1\n")
+    lines = [f"python -m gnn.main --config {sheet} --seed {seed}" for seed in (0, 1)]
+    told = plan(run_sweep, capsys, [*lines, f"python -m gnn.main --config={silent}", "python -m gnn.main"])
+    assert told == (
+        f"time: 2 cells, by the datasheet {sheet}: two hours on these; unknown for 2 cells: no record has their "
+        "settings, no datasheet a time, and --hours_per_cell is not given"
+    )
+    told = plan(run_sweep, capsys, lines, "--hours_per_cell", "2")
+    assert told == "time: 4 h for 2 cells, by --hours_per_cell; 2 h with 2 side by side"
 
 
 def test_settings_of_the_plan_need_no_slurm() -> None:
