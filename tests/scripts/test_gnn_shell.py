@@ -483,23 +483,6 @@ def test_every_line_of_the_readme_runs(
         assert script is not None and (root / script[1]).is_file(), call
 
 
-def test_times_in_the_readme_are_those_of_records(root: Path) -> None:
-    text = " ".join((root / "gnn/README.md").read_text().split())
-
-    def records(folder: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (root / f"results/{folder}/records.jsonl").read_text().splitlines()]
-
-    count, minutes = re.search(r"quickstart's (\d+) runs take ([\d.]+) minutes of one core", text).groups()
-    quickstart = [record["seconds"] for record in records("quickstart")]
-    assert len(quickstart) == int(count) and sum(quickstart) / 60 == pytest.approx(float(minutes), rel=0.2)
-    cora = [
-        record["seconds"] for record in records("table3_cora")
-        if (record["config"]["nlayer"], record["config"]["norm_mode"], record["config"]["norm_scale"]) == (8, "CN", 1.0)
-    ]  # fmt: skip
-    (seconds,) = re.search(r"about (\d+) s on one core", text).groups()
-    assert sorted(cora)[len(cora) // 2] == pytest.approx(float(seconds), rel=0.2)
-
-
 def test_which_python(root: Path, tmp_path: Path) -> None:
     """PYTHON of the caller, else the repository's .venv, else the one on PATH."""
     (tmp_path / "scripts").mkdir()
