@@ -45,11 +45,14 @@ def test_the_equation_is_what_the_layer_computes(readme):
     torch.testing.assert_close(ContraNorm(6, 0.7, tau=0.5)(h), want, atol=1e-5, rtol=0)
 
 
-def test_the_first_snippet_runs_and_is_the_equation(readme):
+def test_the_first_snippet_runs_prints_its_effect_and_is_the_equation(readme, capsys):
     snippet = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
     assert snippet is not None
     names: dict = {}
     exec(compile(snippet[1], "README.md", "exec"), names)
+    cosine, rank = (tuple(map(float, line.split("->"))) for line in capsys.readouterr().out.splitlines()[:2])
+    assert cosine[0] > 0.9 and abs(cosine[1]) < 0.1  # collapsed before, not after
+    assert rank[1] > 1.5 * rank[0]
     want = evaluate(equation_of(readme), names["x"], names["norm"].scale, names["norm"].tau)
     torch.testing.assert_close(names["y"], want, atol=1e-5, rtol=0)
     stepped = F.layer_norm(names["step"], names["x"].shape[-1:])  # the function's default is the layer's
