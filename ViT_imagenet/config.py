@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from contranorm.options import ContraNormOptions
+from contranorm.variants import VariantOptions, argument
 from repro.config import CellLabel, RunConfig
 from repro.errors import UserError
 
@@ -14,12 +15,12 @@ FUSED_OPTIMIZERS = ("adam", "adamw", "sgd")
 
 
 @dataclass(kw_only=True)
-class Config(ContraNormOptions, RunConfig):
-    """Training, evaluation and fine-tuning of DeiT with or without ContraNorm."""
+class Config(ContraNormOptions, VariantOptions, RunConfig):
+    """Training, evaluation and fine-tuning of DeiT with or without ContraNorm, or one of its rivals."""
 
     EXECUTION_FIELDS: ClassVar[tuple[str, ...]] = (
         *RunConfig.EXECUTION_FIELDS, "implementation", "data_path", "download", "num_workers", "cache", "cpu",
-        "channels_last", "fused_optimizer", "checkpoint_every", "eval_every", "probe",
+        "channels_last", "fused_optimizer", "checkpoint_every", "eval_every", "probe", "grad_checkpointing",
     )  # fmt: skip
 
     # -- model
@@ -32,6 +33,17 @@ class Config(ContraNormOptions, RunConfig):
     second, hidden name for vanilla."""
     last_norm: Literal["contra", "vanilla"] = "contra"
     """The final norm. contra as in the reference: `every` norm of the network."""
+    variant: (
+        Literal["none", "attn_scale", "feat_scale", "layer_scale", "gfsa", "neutreno", "resformer", "patch_diversity"]
+        | None
+    ) = None
+    """Another remedy against oversmoothing, with --norm vanilla or beside ContraNorm; unset or none is neither."""
+    feat_scale_doubled: bool | None = argument("feat_scale", False, "doubled")
+    """Add FeatScale's terms twice, as the released code does; unset: once."""
+    layer_scale_init: float | None = argument("layer_scale", 1e-5, "γ")
+    """Where LayerScale's γ starts. Unset: 1e-5, CaiT S24's; CaiT S36 and DeiT III take 1e-6; 1 starts as vanilla."""
+    patch_diversity_weight: float | None = argument("patch_diversity", 1.0, "weight")
+    """Weight of the patch-diversity losses in the loss. Unset: 1, as for the class loss; 0 is vanilla."""
     input_size: int | None = None
     """Image side in pixels; by default the one in the model's name. The patch size must divide it."""
     drop: float = 0.0
@@ -170,6 +182,8 @@ class Config(ContraNormOptions, RunConfig):
     # -- how it runs
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast. bf16 on recent GPUs; on CPUs without AMX it is slower than float32."""
+    grad_checkpointing: bool = False
+    """Compute each block again in the backward pass in place of keeping its features: slower, for less memory."""
     channels_last: bool = False
     """Memory layout of the images: helps the patch embedding on GPUs."""
     fused_optimizer: bool = True
@@ -195,6 +209,15 @@ class Config(ContraNormOptions, RunConfig):
             if given := self.changed_switches():
                 raise ValueError(f"--norm vanilla has no ContraNorm, so --{given[0]} has no meaning: drop one of them")
             self.last_norm = "vanilla"
+        self.check_variant()
+        if self.grad_checkpointing and self.variant in ("neutreno", "resformer", "patch_diversity"):
+            raise ValueError(
+                f"--grad_checkpointing computes each block alone, but --variant {self.variant} takes the first block's "
+                "features along to later ones: drop one of the two"
+            )
+        for name in ("layer_scale_init", "patch_diversity_weight"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"--{name} must be at least 0 and finite, got {getattr(self, name)}")
         if self.data_set == "CIFAR":
             self.data_set = "CIFAR100"
         for name in ("depth", "epochs", "batch_size", "accumulate", "eval_every", "recount"):
@@ -246,11 +269,10 @@ class Config(ContraNormOptions, RunConfig):
             raise UserError(f"--data_path {self.data_path}: no such folder")
 
     def label(self) -> CellLabel:
-        """Data set, model and depth; vanilla, or ContraNorm with its step."""
-        cell = {"data": self.data_set, "model": self.model, "depth": self.depth, "scale": self.scale}
-        if self.norm == "vanilla" or self.scale is None:
-            return CellLabel(**cell, method="vanilla")
-        return CellLabel(**cell, method=self.step_name(), order=(1, self.scale))
+        """Data set, model and depth; vanilla, ContraNorm with its step, the variant, or both of these."""
+        method, order = self.method(self.step_name() if self.norm == "contra" else "", self.scale or 0)
+        note = self.variant_note(f"{self.epochs} epochs")
+        return CellLabel(self.data_set, self.model, method, order, self.depth, self.scale, note)
 
     @property
     def mixes(self) -> bool:

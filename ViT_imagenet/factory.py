@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError  # what torch.load(weights_only=True) raises; nothing is unpickled
 from typing import Any
@@ -24,6 +25,7 @@ from contranorm import ContraNorm
 from repro.checkpoint import list_checkpoints, read_checkpoint
 from repro.config import load_yaml
 from repro.errors import UserError
+from ViT_imagenet.attention import NEW_PARAMETERS, apply_variant
 from ViT_imagenet.config import Config
 from ViT_imagenet.models import SUFFIX, contra_norm_sites
 
@@ -51,7 +53,7 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     if config.input_size and config.input_size % patch:
         raise UserError(f"--input-size {config.input_size} is not a multiple of the patch size {patch} of {name}")
     try:
-        return timm.create_model(
+        model = timm.create_model(
             name,
             pretrained=config.pretrained and not config.reset_head,
             num_classes=num_classes,
@@ -61,8 +63,12 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
             drop_path_rate=config.drop_path,
             **settings,
         )
+        if config.variant is not None:
+            apply_variant(model, config.variant, **config.variant_arguments())
+        model.set_grad_checkpointing(config.grad_checkpointing)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"--model {config.model}: {error}") from error
+    return model
 
 
 def describe_norms(model: nn.Module) -> str:
@@ -122,7 +128,7 @@ def load_weights(model: nn.Module, path: str, *, reset_head: bool, new_steps: bo
         model: gets the weights.
         path: as in `read_weights`.
         reset_head: leave the model's new classifier as it is.
-        new_steps: leave learnable steps of ContraNorm as they are where the weights, a plain DeiT's, have none.
+        new_steps: leave what ContraNorm and variants add as it is where the weights, a plain DeiT's, have none.
 
     Raises:
         UserError: other classes, other depth or width; names the first tensor that does not fit.
@@ -133,7 +139,7 @@ def load_weights(model: nn.Module, path: str, *, reset_head: bool, new_steps: bo
         heads = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
         theirs = {k: v for k, v in theirs.items() if k not in heads} | {k: mine[k] for k in heads if k in mine}
     if new_steps:
-        theirs = {k: v for k, v in mine.items() if k.endswith(".step")} | theirs
+        theirs = {k: v for k, v in mine.items() if k.endswith((".step", *NEW_PARAMETERS))} | theirs
     check_fit(model, theirs, path)
     model.load_state_dict(theirs)
 
@@ -147,7 +153,8 @@ def check_same_model(config: Config) -> None:
     if not written.exists():
         return
     theirs = load_yaml(written)
-    for name in ("model", "depth", "norm", "last_norm", "scale", *SAME_SWITCHES):
+    arguments = [f.name for f in fields(config) if "variant" in f.metadata]
+    for name in ("model", "depth", "norm", "last_norm", "scale", *SAME_SWITCHES, "variant", *arguments):
         if theirs.get(name) != getattr(config, name):
             raise UserError(
                 f"--resume {config.resume} was trained with {name}={theirs.get(name)!r}, not {getattr(config, name)!r}"

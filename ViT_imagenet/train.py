@@ -25,6 +25,7 @@ from repro.files import write_atomic
 from repro.run.run import Run
 from repro.seeding import seed_everything
 from ViT_imagenet import factory
+from ViT_imagenet.attention import describe_variant
 from ViT_imagenet.config import Config
 from ViT_imagenet.data import ImageData, load_data
 from ViT_imagenet.loader import (
@@ -212,13 +213,15 @@ def load_batch(setup: TrainingSetup, batch: Sample, epoch: int, step: int) -> tu
 
 
 def batch_loss(setup: TrainingSetup, images: Tensor, labels: Tensor) -> Tensor:
-    """Loss of one micro-batch."""
+    """Loss of one micro-batch, the model's own auxiliary loss included."""
     outputs = setup.model(images)
     if isinstance(setup.loss, factory.DistillationLoss):
-        return setup.loss(images, outputs, labels)
-    if isinstance(outputs, tuple):  # a distilled student trained without a teacher
-        return (setup.loss(outputs[0].float(), labels) + setup.loss(outputs[1].float(), labels)) / 2
-    return setup.loss(outputs.float(), labels)
+        loss = setup.loss(images, outputs, labels)
+    elif isinstance(outputs, tuple):  # a distilled student trained without a teacher
+        loss = (setup.loss(outputs[0].float(), labels) + setup.loss(outputs[1].float(), labels)) / 2
+    else:
+        loss = setup.loss(outputs.float(), labels)
+    return loss + getattr(setup.plain_model, "auxiliary_loss", 0.0)  # the model's own, of this pass
 
 
 def check_finite(loss: Tensor, epoch: int, step: int) -> None:
@@ -332,6 +335,8 @@ def report_start(setup: TrainingSetup) -> None:
     config, data, batches, say = setup.config, setup.data, setup.batches, setup.accelerator.print
     say(f"model: {config.model}, depth {config.depth}, {parameters(setup):,} parameters on {setup.accelerator.device}")
     say(factory.describe_norms(setup.plain_model))
+    if config.variant:
+        say(f"variant: {config.variant_name()}; {describe_variant(setup.plain_model)}")
     say(
         f"data: {data.name}, {len(data.train):,} training images, {len(data.test):,} of {data.test_split!r}, "
         f"{len(data.classes)} classes"

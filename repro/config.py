@@ -55,6 +55,7 @@ class CellLabel:
         depth: number of layers, where it is varied or chosen.
         scale: the method's strength, where it has one.
         family: the method without its settings, where that is more than leaving out " s=<scale>".
+        note: what to say below a table that shows the method, say where it differs from the released code.
     """
 
     data: str
@@ -64,6 +65,7 @@ class CellLabel:
     depth: int | None = None
     scale: float | None = None
     family: str | None = None
+    note: str = ""
 
 
 @dataclasses.dataclass(kw_only=True)

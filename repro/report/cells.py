@@ -110,7 +110,8 @@ def mixed(group: pd.DataFrame, keys: Sequence[str]) -> dict[str, list[str]]:
     """Fields that decide what was computed, but differ within a cell (seed and split may), with their values."""
     settings = dict.fromkeys(name for names in group["settings"] for name in names)
     fields = [n for n in ("protocol", "selection", "experiment", *settings, *reversed(CELL_FIELDS)) if n not in keys]
-    values = {n: sorted({text_of(v) or "unset" for v in group[n]}) for n in fields if n not in (*REPLICATES, "order")}
+    fields = [name for name in fields if name not in (*REPLICATES, "order", "note")]
+    values = {name: sorted({text_of(value) or "unset" for value in group[name]}) for name in fields}
     return {name: found for name, found in values.items() if len(found) > 1}
 
 
