@@ -13,6 +13,7 @@ from typing import Literal
 from BERT_glue.sites import DIGITS, SITES
 from BERT_glue.tasks import TASKS
 from contranorm.options import ContraNormOptions
+from contranorm.variants import VariantOptions
 from repro.config import CellLabel, RunConfig, load_yaml, parse_config
 from repro.errors import UserError
 
@@ -21,7 +22,7 @@ PAPERS_SITE = "attention_sum"
 
 
 @dataclass(kw_only=True)
-class Config(ContraNormOptions, RunConfig):
+class Config(ContraNormOptions, VariantOptions, RunConfig):
     """Fine-tune BERT or ALBERT, with ContraNorm at a site of every layer or without, on a GLUE task or own files."""
 
     EXECUTION_FIELDS = (
@@ -47,6 +48,9 @@ class Config(ContraNormOptions, RunConfig):
     sites: str | None = None
     """The sites by name, separated by commas, in place of --pos: layer_input, attention_context, attention_output,
     attention_sum, attention_norm, ffn_output, ffn_sum, ffn_norm."""
+    variant: Literal["none", "attn_scale", "gfsa", "neutreno", "resformer"] | None = None
+    """Another remedy against oversmoothing, with --pos 0 or beside ContraNorm; unset or none is neither. Padding is
+    left out of its attention and its means."""
     include_padding: bool = False
     """Let padding tokens take part in A, as in the released code; logits then depend on a batch's padding."""
     num_hidden_layers: int | None = None
@@ -129,6 +133,7 @@ class Config(ContraNormOptions, RunConfig):
         if self.scale is not None and not self.scale > 0:
             raise ValueError(f"--scale must be > 0, got {self.scale} (for the vanilla model give --pos 0)")
         self.check_switches()
+        self.check_variant()
         if self.task_name is not None:
             self.task_name = self.task_name.lower()
             if self.task_name not in TASKS:
@@ -201,12 +206,12 @@ class Config(ContraNormOptions, RunConfig):
     def label(self) -> CellLabel:
         """The cell of a table that this run belongs to."""
         sites = sorted(self.sites_in(self.architecture), key=list(SITES).index)
-        if not sites:
-            return CellLabel(self.task, self.model, "vanilla", depth=self.num_hidden_layers)
-        method = self.step_name() + ("" if sites == [PAPERS_SITE] else f" at {'+'.join(sites)}")
-        method += " (padding in)" * self.include_padding
-        order = (1, self.scale, *(list(SITES).index(site) for site in sites), *[1] * self.include_padding)
-        return CellLabel(self.task, self.model, method, order, self.num_hidden_layers, self.scale)
+        where = "" if sites == [PAPERS_SITE] else f" at {'+'.join(sites)}"
+        where += " (padding in)" * self.include_padding
+        place = (self.scale or 0, *(list(SITES).index(site) for site in sites), *[1] * self.include_padding)
+        method, order = self.method(self.step_name() + where if sites else "", *place)
+        note = self.variant_note()
+        return CellLabel(self.task, self.model, method, order, self.num_hidden_layers, self.scale, note=note)
 
 
 def parse(argv: Sequence[str]) -> Config:

@@ -1,4 +1,4 @@
-"""Configurations of BERT and ALBERT with ContraNorm: the vanilla fields, the sites, and ContraNorm's switches."""
+"""Configurations of BERT and ALBERT with ContraNorm or a rival: the vanilla fields, sites, switches, the variant."""
 
 from dataclasses import field, fields, make_dataclass
 from typing import Any, get_args, get_type_hints
@@ -8,6 +8,7 @@ from transformers import AlbertConfig, AutoConfig, BertConfig, PretrainedConfig
 
 from BERT_glue.sites import check_settings
 from contranorm.options import ContraNormOptions
+from contranorm.variants import VariantOptions
 
 
 def _json_type(hint: Any) -> Any:
@@ -15,15 +16,20 @@ def _json_type(hint: Any) -> Any:
     return hint | int if float in (hint, *get_args(hint)) else hint
 
 
-_HINTS = get_type_hints(ContraNormOptions)
+_OPTIONS = (ContraNormOptions, VariantOptions)
+_HINTS = {name: hint for options in _OPTIONS for name, hint in get_type_hints(options).items()}
 ContraNormFields = make_dataclass(
     "ContraNormFields",
     [
-        *((f.name, _json_type(_HINTS[f.name]), field(default=f.default)) for f in fields(ContraNormOptions)),
+        *(
+            (f.name, _json_type(_HINTS[f.name]), field(default=f.default, metadata=f.metadata))
+            for options in _OPTIONS
+            for f in fields(options)
+        ),
         ("sites", list[str], field(default_factory=list)),
         ("include_padding", bool, field(default=False)),
     ],
-    bases=(ContraNormOptions,),
+    bases=_OPTIONS,
     kw_only=True,
     namespace={"validate_contranorm": check_settings},  # called by the strict dataclass
 )
@@ -51,8 +57,10 @@ class ContraNormBertConfig(SaysItsSites, BertConfig, ContraNormFields):
 
     Args:
         sites: names of the sites that are on, see `BERT_glue.sites.SITES`; none is vanilla BERT.
-        include_padding: let padding tokens take part in A, as the released code does; logits then depend on how far a
-            batch is padded.
+        include_padding: let padding tokens take part in ContraNorm's A, as the released code does; logits then depend
+            on how far a batch is padded.
+        variant: a rival of ContraNorm inside attention, beside it or alone: attn_scale, gfsa, neutreno or resformer,
+            with its arguments, see `VariantOptions`.
     """
 
     model_type = "contranorm_bert"

@@ -62,8 +62,8 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention with cheap dropout of its weights, as a backend of transformers; it returns no weights, as sdpa.
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with cheap dropout of its weights, as a backend of transformers; it returns the weights it has formed.
 
     Queries, keys and values are (B, H, N, D/H), the result (B, N, H, D/H). The mask is bool (B, 1, N, N), true where a
     token attends.
@@ -78,10 +78,10 @@ def attend(
     if attention_mask is not None:
         far = torch.zeros_like(attention_mask, dtype=scores.dtype)
         scores = scores + far.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
-    context = cheap_dropout(scores.softmax(-1), dropout) @ value  # (B, H, N, D/H)
+    weights = cheap_dropout(scores.softmax(-1), dropout)  # (B, H, N, N)
     if attention_mask is not None and not (attends := attention_mask.any(-1, keepdim=True)).all():
-        context = context * attends  # a token that attends nowhere gets nothing, as in sdpa
-    return context.transpose(1, 2).contiguous(), None
+        weights = weights * attends  # a token that attends nowhere gets nothing, as in sdpa
+    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 def use_cheap_dropout(model: PreTrainedModel) -> None:

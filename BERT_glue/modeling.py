@@ -9,7 +9,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from BERT_glue.sites import Sites, token_mask_of
+from BERT_glue.attention import NEEDS_FIRST_VALUES, PassState, VariantAttention
+from BERT_glue.sites import Sites, real_tokens_of, token_mask_of
 from contranorm import ContraStep
 
 
@@ -27,6 +28,9 @@ class ContraNormBody:
             module.__class__ = self.replacements.get(type(module), type(module))
             if getattr(module, "has_sites", False):
                 module.sites = Sites(self.config)
+            if isinstance(module, VariantAttention):
+                module.add_parameters()
+        self.supports_gradient_checkpointing &= config.variant not in NEEDS_FIRST_VALUES
         self._no_split_modules = {kind.__name__ for kind in self.replacements.values()} | set(self._no_split_modules)
         self.post_init()
 
@@ -41,11 +45,13 @@ class ContraNormBody:
     ) -> Any:
         """As the vanilla model; the tokenizer's mask goes to every layer besides the backend's."""
         kwargs["token_mask"] = token_mask_of(self.config, attention_mask)
+        if self.config.variant is not None:
+            kwargs["state"] = PassState(real_tokens_of(attention_mask))
         return super().forward(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ContraStep):  # a learnable step, which no vanilla checkpoint has
+        if isinstance(module, (ContraStep, VariantAttention)):  # parameters that no vanilla checkpoint has
             module.reset_parameters()
 
 
@@ -59,7 +65,8 @@ def with_head(vanilla: type[PreTrainedModel], body: type[PreTrainedModel]) -> ty
         old = self.base_model
         with torch.random.fork_rng(devices=[]):  # a seed gives the vanilla model's weights
             new = body(config, add_pooling_layer=old.pooler is not None)
-        new.load_state_dict(old.state_dict(), strict=False)  # a learnable step is new
+        new.load_state_dict(old.state_dict(), strict=False)  # a learnable step and a variant's parameter are new
+        self.supports_gradient_checkpointing = new.supports_gradient_checkpointing
         setattr(self, self.base_model_prefix, new)
         if checkpointing:  # the first body has taken it off the configuration
             config.gradient_checkpointing = True

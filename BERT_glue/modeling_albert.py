@@ -1,6 +1,7 @@
 """ALBERT with ContraNorm at named sites: layer and attention are restated, everything else is transformers' own.
 
-No parameter is added (but for `learnable`): state-dict keys are vanilla ALBERT's, and any ALBERT checkpoint loads.
+No parameter is added (but for `learnable`, AttnScale and GFSA): state-dict keys are vanilla ALBERT's, and any ALBERT
+checkpoint loads.
 ALBERT shares one layer's weights over its depth, so a site that is on is on at every depth.
 """
 
@@ -18,33 +19,18 @@ from transformers import (
     AlbertForTokenClassification,
     AlbertModel,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.albert.modeling_albert import AlbertAttention, AlbertLayer, eager_attention_forward
+from transformers.models.albert.modeling_albert import AlbertAttention, AlbertLayer
 from transformers.pytorch_utils import apply_chunking_to_forward
 
+from BERT_glue.attention import VariantAttention
 from BERT_glue.configuration import ContraNormAlbertConfig
 from BERT_glue.modeling import ContraNormBody, register, with_head
 
 
-class ContraNormAlbertAttention(AlbertAttention):
-    """ALBERT's attention up to the context; the layer does the rest, because the sites lie behind it."""
+class ContraNormAlbertAttention(VariantAttention, AlbertAttention):
+    """ALBERT's attention or a variant, up to the context; the layer does the rest, as the sites lie behind it."""
 
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Context (B, N, D) and, where the backend forms them, the attention weights (B, H, N, N)."""
-        batch, tokens = hidden_states.shape[:2]
-        heads = (batch, tokens, -1, self.attention_head_size)
-        query, key, value = (
-            project(hidden_states).view(heads).transpose(1, 2)  # (B, H, N, D/H)
-            for project in (self.query, self.key, self.value)
-        )
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout.p if self.training else 0.0
-        context, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        return context.reshape(batch, tokens, -1).contiguous(), weights
+    dropout_name = "attention_dropout"
 
 
 class ContraNormAlbertLayer(AlbertLayer):

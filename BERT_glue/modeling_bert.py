@@ -1,6 +1,7 @@
 """BERT with ContraNorm at named sites: the layer is restated, everything else is transformers' own.
 
-No parameter is added (but for `learnable`): state-dict keys are vanilla BERT's, and any BERT checkpoint loads.
+No parameter is added (but for `learnable`, AttnScale and GFSA): state-dict keys are vanilla BERT's, and any BERT
+checkpoint loads.
 """
 
 from __future__ import annotations
@@ -18,11 +19,18 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
 )
-from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 from transformers.pytorch_utils import apply_chunking_to_forward
 
+from BERT_glue.attention import VariantAttention
 from BERT_glue.configuration import ContraNormBertConfig
 from BERT_glue.modeling import ContraNormBody, register, with_head
+
+
+class ContraNormBertSelfAttention(VariantAttention, BertSelfAttention):
+    """BERT's attention, or one of its variants."""
+
+    dropout_name = "dropout"
 
 
 class ContraNormBertLayer(BertLayer):
@@ -68,7 +76,7 @@ class ContraNormBertModel(ContraNormBody, BertModel):
     """BertModel whose layers carry ContraNorm."""
 
     config_class = ContraNormBertConfig
-    replacements = {BertLayer: ContraNormBertLayer}
+    replacements = {BertLayer: ContraNormBertLayer, BertSelfAttention: ContraNormBertSelfAttention}
 
 
 register(ContraNormBertModel)

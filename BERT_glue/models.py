@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -17,16 +18,18 @@ from transformers import (
 
 import BERT_glue.modeling_albert
 import BERT_glue.modeling_bert  # noqa: F401 - registered with the Auto classes
+from BERT_glue.attention import describe_variant
 from BERT_glue.config import Config
 from BERT_glue.configuration import CONFIGS, with_contranorm, without_contranorm
 from BERT_glue.data import reason
 from BERT_glue.sites import active_sites
 from BERT_glue.tasks import Task
 from contranorm.checkpoints import checkpoint_of
+from contranorm.variants import VariantOptions
 from repro.errors import UserError
 
-# A checkpoint may lack the head and a learnable step, which fine-tuning trains from scratch, and nothing else.
-UNTRAINED = re.compile(r"^classifier\.|^(al)?bert\.pooler\.|\.sites\.\w+\.step$")
+# A checkpoint may lack the head, a learnable step and a variant's parameter, which fine-tuning trains from scratch.
+UNTRAINED = re.compile(r"^classifier\.|^(al)?bert\.pooler\.|\.sites\.\w+\.step$|\.attention\.(self\.)?(lamb|w_k)$")
 
 
 def load_backbone(config: Config, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -57,6 +60,8 @@ def load_backbone(config: Config, task: Task) -> tuple[PreTrainedModel, PreTrain
         raise UserError(
             f"{name} was trained with ContraNorm at {trained}: add --sites {trained}, or --pos 0 to drop it"
         )
+    if (trained := getattr(vanilla, "variant", None)) and config.variant is None:
+        raise UserError(f"{name} was trained with --variant {trained}: add it")
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name,
@@ -85,11 +90,12 @@ def _configure(vanilla: PretrainedConfig, config: Config, task: Task, sites: lis
     if sites:
         switches = {name: value for name, value in config.switches().items() if value is not None}
         changes |= {"scale": config.scale, "include_padding": config.include_padding, **switches}
+    changes |= {f.name: getattr(config, f.name) for f in fields(VariantOptions)}
     try:
         built = with_contranorm(vanilla, **changes)
     except (ValueError, StrictDataclassError) as error:
         raise UserError(f"these settings do not go together: {reason(error)}") from error
-    return built if sites else without_contranorm(built)
+    return built if sites or config.variant else without_contranorm(built)
 
 
 def _check_fit(vanilla: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, config: Config, task: Task) -> None:
@@ -119,16 +125,17 @@ def check_sites(model: PreTrainedModel, sites: list[str]) -> None:
 
 
 def describe(model: PreTrainedModel) -> str:
-    """Which layers carry ContraNorm, where, and in which form; one line per layer."""
-    found = active_sites(model)
+    """Which layers carry ContraNorm, where, and in which form, and the variant; one line per layer."""
+    found, c = active_sites(model), model.config
+    variant = describe_variant(c)
     if not found:
-        return f"{type(model).__name__}: no ContraNorm in any layer (vanilla)"
-    c = model.config
+        return f"{type(model).__name__}: no ContraNorm in any layer ({variant or 'vanilla'})"
     x = "x̂" if c.pre_norm else "x"
     step = f"s·{x}·softmax(x̂ᵀx̂/τ)" if c.axis == "features" else f"s·A·{x}"
     form = f"(1+s)·{x} - {step}" if c.identity else f"{x} - {step}"
     more = ["padding takes part" if c.include_padding else "padding left out"]
     more += [name for name in ("symmetric", "learnable", "positive") if getattr(c, name)]
     lines = [f"{type(model).__name__}: ContraNorm {form}, s={c.scale}, tau={c.tau}, {', '.join(more)}"]
+    lines += [f"  {variant}"] if variant else []
     shared = "  (shared by all depths)" if "albert" in c.model_type else ""
     return "\n".join(lines + [f"  {layer}: {', '.join(sites)}{shared}" for layer, sites in found.items()])

@@ -21,6 +21,7 @@ SITES = {
     "ffn_sum": "feed-forward output + residual, before the output LayerNorm",
     "ffn_norm": "after the output LayerNorm",
 }
+VARIANTS = ("attn_scale", "gfsa", "neutreno", "resformer")
 FEED_FORWARD_SITES = ("ffn_output", "ffn_sum", "ffn_norm")
 
 # The same digit of `--pos` means different places in the two architectures.
@@ -49,6 +50,11 @@ def check_settings(config: PretrainedConfig) -> None:
     if config.sites and config.scale is None:
         raise ValueError("sites without scale: ContraNorm's step size has no default, give scale=0.01 or the like")
     config.check_switches()
+    config.check_variant()
+    if config.variant not in (None, *VARIANTS):
+        raise ValueError(f"unknown variant {config.variant!r}; the variants are {', '.join(VARIANTS)}")
+    if config.variant in ("neutreno", "resformer") and getattr(config, "gradient_checkpointing", False):
+        raise ValueError(f"{config.variant} takes the first layer's values along: set gradient_checkpointing=False")
     in_chunks = [site for site in config.sites if site in FEED_FORWARD_SITES]
     if config.chunk_size_feed_forward > 0 and in_chunks:
         raise ValueError(
@@ -79,12 +85,18 @@ def token_mask_of(config: PretrainedConfig, attention_mask: Tensor | None) -> Te
     Taken from the tokenizer's mask (B, N), before the attention backend turns it into what its kernel wants. A mask
     with other axes is a ValueError where a site is on: which tokens are padding cannot be read off it.
     """
-    if attention_mask is None or config.include_padding or not config.sites:
+    if config.include_padding or not config.sites:
+        return None
+    return real_tokens_of(attention_mask, "; pass the tokenizer's mask, or set include_padding=True")
+
+
+def real_tokens_of(attention_mask: Tensor | None, advice: str = "; pass the tokenizer's mask") -> Tensor | None:
+    """The tokens that are no padding: bool (B, N), or None for all; a ValueError where the mask has other axes."""
+    if attention_mask is None:
         return None
     if attention_mask.dim() != 2:
         raise ValueError(
-            f"ContraNorm leaves padding out and needs the (B, N) attention mask, got {tuple(attention_mask.shape)}; "
-            "pass the tokenizer's mask, or set include_padding=True"
+            f"leaving padding out needs the (B, N) attention mask, got {tuple(attention_mask.shape)}{advice}"
         )
     return attention_mask.bool()
 

@@ -272,7 +272,7 @@ class Config(ContraNormOptions, VariantOptions, RunConfig):
         """Data set, model and depth; vanilla, ContraNorm with its step, the variant, or both of these."""
         method, order = self.method(self.step_name() if self.norm == "contra" else "", self.scale or 0)
         note = self.variant_note(f"{self.epochs} epochs")
-        return CellLabel(self.data_set, self.model, method, order, self.depth, self.scale, note)
+        return CellLabel(self.data_set, self.model, method, order, self.depth, self.scale, note=note)
 
     @property
     def mixes(self) -> bool:
