@@ -28,7 +28,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     from BERT_glue.models import describe
     from BERT_glue.predict import write_predictions
     from BERT_glue.sites import active_sites
-    from BERT_glue.train import collapse_by_layer, describe_batch, make_accelerator, predict, prepare, train
+    from BERT_glue.train import (
+        collapse_by_layer,
+        describe_batch,
+        make_accelerator,
+        multiply_adds_per_example,
+        predict,
+        prepare,
+        train,
+    )
     from repro.run.run import Run
 
     transformers.logging.set_verbosity_error()
@@ -61,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             seconds_per_epoch=[line["train_seconds"] for line in curve],
             processes=accelerator.num_processes,
             parameters=setup.parameters,
+            multiply_adds=multiply_adds_per_example(setup),
             trained_tokens=None if tokens is None else len(tokens),
             sites=active_sites(model),
             **(collapse_by_layer(setup) if config.probe and is_main else {}),

@@ -30,6 +30,7 @@ from BERT_glue.predict import as_predictions
 from BERT_glue.tasks import Task
 from contranorm import attention_similarity
 from contranorm.collapse import METRICS, singular_spectrum
+from repro.cost import multiply_adds
 from repro.errors import UserError
 from repro.run.run import Run
 from repro.seeding import rng_state, seed_everything, set_rng_state
@@ -230,6 +231,13 @@ def evaluate(setup: TrainingSetup) -> dict[str, float]:
         found = glue_metrics(name, *predict(setup, loader))
         metrics |= {key + suffix: value for key, value in found.items()}
     return {**metrics, "score": sum(metrics.values()) / len(metrics)}
+
+
+def multiply_adds_per_example(setup: TrainingSetup) -> int:
+    """Multiply-adds of the forward pass of one example of the longest length, padding none."""
+    model, tokenizer = setup.accelerator.unwrap_model(setup.model).eval(), setup.tokenizer
+    tokens = torch.full((1, tokenizer.model_max_length), tokenizer.cls_token_id, device=model.device)
+    return multiply_adds(model, tokens)
 
 
 @torch.no_grad()

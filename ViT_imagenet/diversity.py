@@ -38,7 +38,7 @@ def patch_diversity(p: Tensor, h: Tensor) -> Tensor:
     return cosine_loss(h) + contrastive_loss(p, h)
 
 
-def add_patch_diversity(model: VisionTransformer, weight: float) -> None:
+def add_patch_diversity(model: VisionTransformer, weight: float = 1.0) -> None:
     """After each forward pass in training, `model.auxiliary_loss` is the weighted loss of its patches."""
     seen: dict[str, Tensor] = {}
 

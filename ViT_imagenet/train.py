@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from repro.cost import multiply_adds
 from repro.errors import UserError
 from repro.files import write_atomic
 from repro.run.run import Run
@@ -376,6 +377,7 @@ def finish(
         train_seconds=progress.train_seconds,
         processor_seconds=progress.processor_seconds,
         parameters=parameters(setup),
+        multiply_adds=multiply_adds_per_image(setup),
         processes=setup.accelerator.num_processes,
         bad_images=bad_image_names(setup),
         **measured,
@@ -394,6 +396,12 @@ def protocol(setup: EvaluationSetup) -> str:
 def parameters(setup: EvaluationSetup) -> int:
     """How many the model has."""
     return sum(p.numel() for p in setup.plain_model.parameters())
+
+
+def multiply_adds_per_image(setup: EvaluationSetup) -> int:
+    """Multiply-adds of the forward pass of one image."""
+    model, side = setup.plain_model.eval(), image_side(setup.plain_model)
+    return multiply_adds(model, torch.zeros(1, 3, side, side, device=setup.accelerator.device))
 
 
 def weights(model: nn.Module) -> bytes:
