@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# GLUE with BERT: tasks x {vanilla, ContraNorm at several scales} x seeds, one command per line, through repro.sweep.
+# GLUE with BERT: tasks x {vanilla, ContraNorm at several scales, its rivals} x seeds, one command per line, through repro.sweep.
 #   bash BERT_glue/run_different_baselines.sh --dry-run
 #   MODEL=minilm TASKS="rte mrpc" SCALES="0.005 0.01" SEEDS="0 1 2" bash BERT_glue/run_different_baselines.sh
+#   VARIANTS="none attn_scale gfsa neutreno resformer contranorm" bash BERT_glue/run_different_baselines.sh --dry-run
 # Cells that are done are skipped. Arguments go to repro.sweep.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,6 +13,7 @@ CONFIG="${CONFIG:-BERT_glue/configs/bert.yaml}"
 TASKS="${TASKS:-cola mnli mrpc qnli qqp rte sst2 stsb}"  # all but WNLI, as in the paper
 SCALES="${SCALES:-vanilla 0.005 0.01 0.05 0.1 0.2}"      # vanilla: no ContraNorm
 SITES="${SITES:-attention_sum}"                          # names separated by commas; --pos 7 of BERT, 4 of ALBERT
+VARIANTS="${VARIANTS:-contranorm}"                       # none is vanilla; contranorm takes SCALES; contranorm+gfsa is both; or a --variant
 SEEDS="${SEEDS:-2021}"
 FLAGS="${FLAGS:-}"                                       # appended to every line, e.g. "--group_by_length"
 CONTRANORM_FLAGS="${CONTRANORM_FLAGS:-}"                 # to the lines with ContraNorm only, e.g. "--include_padding"
@@ -24,9 +26,24 @@ if [ "$PROCESSES" -gt 1 ]; then
     program="torchrun --standalone --nproc-per-node=$PROCESSES -m BERT_glue.main"
     FLAGS="--per_device_train_batch_size $((32 / PROCESSES)) $FLAGS"
 fi
-for task in $TASKS; do for scale in $SCALES; do for seed in $SEEDS; do
-    if [ "$scale" = vanilla ]; then site="--pos 0"; else site="--sites $SITES --scale $scale $CONTRANORM_FLAGS"; fi
-    echo "$program --config $CONFIG --model_name_or_path $MODEL --task_name $task $site --seed $seed $FLAGS"
+methods() { # the flags of each method, one a line; SCALES may name vanilla too
+    local variant scale rival
+    for variant in $VARIANTS; do
+        rival="${variant#contranorm}" rival="${rival#+}"
+        case "$variant" in
+            none) echo "--pos 0" ;;
+            contranorm | contranorm+*) for scale in $SCALES; do
+                if [ "$scale" = vanilla ]; then echo "--pos 0"; else
+                    echo "--sites $SITES --scale $scale${rival:+ --variant $rival}${CONTRANORM_FLAGS:+ $CONTRANORM_FLAGS}"
+                fi
+            done ;;
+            *) echo "--pos 0 --variant $variant" ;;
+        esac
+    done | awk '!seen[$0]++'
+}
+
+for task in $TASKS; do methods | while read -r method; do for seed in $SEEDS; do
+    echo "$program --config $CONFIG --model_name_or_path $MODEL --task_name $task $method --seed $seed $FLAGS"
 done; done; done |
     "$PYTHON" -m repro.sweep --results "$RESULTS" ${RECORDS:+--records "[$RECORDS]"} --jobs "${JOBS:-2}" \
         --cluster "${CLUSTER:-local}" "$@"

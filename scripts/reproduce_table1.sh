@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 1 of the paper: every GLUE task but WNLI, vanilla and ContraNorm at the paper's scales, BERT and ALBERT, then the
 # table, with the best scale per task by the validation score and the average over tasks. Takes the variables of
-# BERT_glue/run_different_baselines.sh (TASKS, SCALES, SEEDS, FLAGS, CONTRANORM_FLAGS, RECORDS, JOBS, CLUSTER, ...), and
+# BERT_glue/run_different_baselines.sh (TASKS, SCALES, VARIANTS, SEEDS, FLAGS, CONTRANORM_FLAGS, RECORDS, JOBS, CLUSTER, ...), and
 #   PRESET=cpu bash scripts/reproduce_table1.sh       MiniLM on the small tasks, three seeds; needs no download
 #                                                     then, on RTE, every site, and padding in
 #   CONTRANORM_FLAGS=--include_padding bash scripts/reproduce_table1.sh     padding as the paper's code treats it

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Table 2: DeiT with and without ContraNorm at 12, 16 and 24 layers, tiny and small, on ImageNet-100 and ImageNet-1k; then the table.
+# Table 2: DeiT with and without ContraNorm (VARIANTS: or its rivals) at 12, 16 and 24 layers, tiny and small, on ImageNet-100 and ImageNet-1k; then the table.
 #   bash scripts/reproduce_table2.sh --dry-run
 #   IMAGENET=/data/imagenet PROCESSES=4 CLUSTER=slurm bash scripts/reproduce_table2.sh --gpus_per_cell 4
 #   CONFIGS=cifar10_cpu DEPTHS=6 SCALES="vanilla 0.1" bash scripts/reproduce_table2.sh      the same on a laptop
+#   VARIANTS="none gfsa contranorm" bash scripts/reproduce_table2.sh      rivals of ContraNorm in the same table
 # IMAGENET is the folder with train/ and val/. RECORDS names finished records: their cells are not trained again.
 # Arguments go to repro.sweep.
 set -euo pipefail

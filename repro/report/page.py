@@ -86,6 +86,7 @@ def _table(frame: pd.DataFrame, name: str, results: Path, entries: list[Entry]) 
         shown["reversed"] = turned.get(tuple(text_of(cell[key]) for key in keys), ())
     _against_baseline(raw, found, keys)
     heads = sorted(set(cells[columns]), key=sortable)
+    notes = [*dict.fromkeys(filter(None, map(text_of, cells["note"])))]
     lines: dict[tuple[str, ...], dict[str, Any]] = {}
     for cell, shown in zip(raw, found, strict=True):
         varied = [key for key in extra if cells[cells["method"] == cell["method"]][key].map(text_of).nunique() > 1]
@@ -100,6 +101,7 @@ def _table(frame: pd.DataFrame, name: str, results: Path, entries: list[Entry]) 
         "heads": [text_of(head) for head in heads], "rows": [*lines.values()],
         "runs": int(cells["n"].sum()),
         "sentence": agreement_sentence(verdicts, "published by the authors") if any(v.cell for v in verdicts) else "",
+        **({"notes": notes} if notes else {}),
     }  # fmt: skip
 
 

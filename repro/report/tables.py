@@ -103,7 +103,7 @@ PRESETS: dict[str, dict[str, str]] = {
         "metric": "score",
         "average": "cola,mnli,mrpc,qnli,qqp,rte,sst2,stsb",  # all of GLUE but WNLI, as in the paper
     },
-    "table2": {"rows": "data,model,method", "columns": "depth", "metric": "test_accuracy"},
+    "table2": {"rows": "data,model,epochs,method", "columns": "depth", "metric": "test_accuracy"},
     "table3": {"rows": "data,method", "columns": "depth", "metric": "test_accuracy"},
     "arxiv": {"rows": "data,method,depth", "columns": "model", "metric": "test_accuracy"},
     "rivals": {"rows": "data,family", "columns": "depth", "metric": "test_accuracy", "against": "vanilla"},
@@ -318,7 +318,8 @@ def build(config: Config, entries: list[Entry]) -> str:
     texts = [_text(cell, config, best) for _, cell in cells.iterrows()]
     table = pivot(cells.assign(text=texts), rows, columns)
     beside, notes = compare(tables, keys, metric, entries, config)
-    notes = [*(against_sentences(cells, config) if config.against else []), *notes]
+    own = [*dict.fromkeys(filter(None, map(text_of, cells["note"])))]  # what the rows' records say of their methods
+    notes = [*(against_sentences(cells, config) if config.against else []), *own, *notes]
     if config.format == "csv":
         return "\n".join(render(part, "csv") for part in (table, beside) if not part.empty)
     comment = "% " if config.format == "latex" else ""
