@@ -1,6 +1,7 @@
 """One training step of the three experiments' models: vanilla, ContraNorm in its plain form, ContraNorm as it comes.
 
     python -m benchmarks.training_step --json out/step.json
+    python -m benchmarks.training_step --only variants --rounds 25 --json out/variants.json    # DeiT-tiny, its rivals
 
 Random inputs at the experiments' shapes; forward, backward and optimizer step. BERT has two of its twelve layers: the
 ratio is that of a layer. bfloat16 is measured where the machine multiplies it in hardware, or when asked for.
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
-import ViT_imagenet  # noqa: F401  (registers its models with timm)
+import ViT_imagenet.models  # noqa: F401 - registered with timm
 from benchmarks.common import DEVICE, Rows, alternate_ms, goal, has_bfloat16, names_in, report
 from BERT_glue import ContraNormBertConfig, ContraNormBertForSequenceClassification
 from gnn.config import Config as GraphConfig
@@ -27,10 +28,13 @@ from gnn.layers import Adjacency
 from gnn.models import build_model
 from gnn.sparse import Pattern, Sparse
 from repro.config import parse_config
+from repro.cost import multiply_adds
 from repro.errors import run_main
+from ViT_imagenet.attention import apply_variant
 
 Models = dict[str, tuple[nn.Module, Callable[[nn.Module], Tensor]]]  # variant -> the model, and its loss on one batch
 MODELS = ("gcn", "bert", "deit")
+VARIANTS = ("attn_scale", "feat_scale", "layer_scale", "gfsa", "neutreno", "resformer", "patch_diversity")
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Config:
     """Settings of the benchmark."""
 
     only: str = ",".join(MODELS)
-    """models, separated by commas"""
+    """models, separated by commas; `variants` is DeiT-tiny with each rival of ContraNorm"""
     json: str | None = None
     """file for the result"""
     rounds: int = 9
@@ -75,6 +79,21 @@ def deit(batch: int) -> Models:
     vanilla = timm.create_model(name, num_classes=100).to(DEVICE)
     contra = timm.create_model(f"{name}_contranorm", num_classes=100, scale=0.1).to(DEVICE)
     return {"vanilla": (vanilla, loss_of), "contranorm": (contra, loss_of)}
+
+
+def variants(batch: int) -> Models:
+    """DeiT-tiny as in `deit`, and with each of ContraNorm's rivals."""
+    built = deit(batch)
+    loss_of = built["vanilla"][1]
+
+    def with_own_loss(model: nn.Module) -> Tensor:
+        return loss_of(model) + getattr(model, "auxiliary_loss", 0.0)
+
+    for name in VARIANTS:
+        model = timm.create_model("deit_tiny_patch16_224", num_classes=100)
+        apply_variant(model, name)
+        built[name] = (model.to(DEVICE), with_own_loss)
+    return built
 
 
 def bert(batch: int) -> Models:
@@ -132,18 +151,39 @@ def measure(name: str, dtype: torch.dtype, config: Config) -> Rows:
     return [common | {"variant": label, "ms": ms, "times vanilla": ms / vanilla} for label, ms in times.items()]
 
 
+def measure_variants(dtype: torch.dtype, config: Config) -> Rows:
+    """Vanilla and its rivals side by side, with parameters and the multiply-adds of one image."""
+    built = variants(config.batch)
+    steps = {label: training_step(model, loss_of, dtype) for label, (model, loss_of) in built.items()}
+    times = alternate_ms(steps, rounds=config.rounds)
+    image = torch.zeros(1, 3, 224, 224, device=DEVICE)
+    rows = []
+    for label, (model, _) in built.items():
+        size = sum(p.numel() for p in model.parameters())
+        cost = {"parameters": size, "GMAC an image": multiply_adds(model.eval(), image) / 1e9}
+        row = {"model": "variants", "dtype": str(dtype).removeprefix("torch."), "variant": label, "ms": times[label]}
+        rows.append(row | {"times vanilla": times[label] / times["vanilla"]} | cost)
+    return rows
+
+
 def check_goals(rows: Rows) -> Rows:
     """Ratios to vanilla against their goals."""
     targets = {"deit bfloat16": 1.15, "deit float32": 1.3, "bert float32": 1.04, "bert bfloat16": 1.04}
     fast = {f"{row['model']} {row['dtype']}": row["times vanilla"] for row in rows if row["variant"] == "fast"}
     name = "{}: ContraNorm step, times vanilla"
-    return [goal(name.format(k), fast[k], target, at_least=False) for k, target in targets.items() if k in fast]
+    goals = [goal(name.format(k), fast[k], target, at_least=False) for k, target in targets.items() if k in fast]
+    limits = {"attn_scale": 1.05, "feat_scale": 1.05, "neutreno": 1.05, "resformer": 1.05, "gfsa": 1.15}
+    rivals = [row for row in rows if row["model"] == "variants" and row["variant"] in limits]
+    title = "deit {dtype}: {variant} step, times vanilla"
+    return goals + [
+        goal(title.format(**row), row["times vanilla"], limits[row["variant"]], at_least=False) for row in rivals
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     config = parse_config(Config, argv, prog="benchmarks.training_step", description=__doc__ or "")
-    names = names_in(config.only, MODELS)
+    names = names_in(config.only, (*MODELS, "variants"))
     dtypes = [torch.float32, torch.bfloat16] if has_bfloat16() or config.bf16 else [torch.float32]
     if len(dtypes) == 1:
         print("bfloat16 left out: this processor only emulates it (--bf16 measures it all the same)")
@@ -151,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     jobs = [(name, dtype) for name in names for dtype in dtypes if (name, dtype) != ("gcn", torch.bfloat16)]
     rows: Rows = []
     for name, dtype in tqdm(jobs, desc="models"):
-        rows += measure(name, dtype, config)
+        rows += measure_variants(dtype, config) if name == "variants" else measure(name, dtype, config)
     report("training_step", rows, check_goals(rows), config.json)
 
 

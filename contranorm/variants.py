@@ -96,7 +96,9 @@ class VariantOptions:
         """What to say below a table that shows it: how the release differs, and what this run has (`more` included)."""
         if self.variant is None or not VARIANTS[self.variant][1]:
             return ""
-        here = [*(f"{name} {value}" for name, value in self.variant_arguments().items()), *more]
+        words = {True: "{0}", False: "not {0}"}
+        own = [words.get(value, "{0} {1:g}").format(name, value) for name, value in self.variant_arguments().items()]
+        here = [*own, *more]
         return f"{self.variant_name()}: {VARIANTS[self.variant][1]}" + (f"; here {', '.join(here)}" if here else "")
 
     def method(self, step: str, *order: float) -> tuple[str, tuple[float, ...]]:

@@ -14,6 +14,8 @@ from repro.report.records import CELL_FIELDS
 
 # What tells the runs of one cell apart: it is averaged over all of them. Graphs with ten splits have runs of each.
 REPLICATES = ("seed", "split")
+# How long a run trains: a difference between two budgets is none between methods.
+BUDGET = ("epochs", "num_train_epochs")
 AVERAGE = "average"  # column name; also how paper.yaml names a mean over tasks
 
 
@@ -104,6 +106,11 @@ def add_average(
             labels = dict(zip(rows, values, strict=True)) | {columns: name}
             added.append({**known, **labels, **_spread(by_run)})
     return pd.concat([cells, pd.DataFrame(added)], ignore_index=True)
+
+
+def comparison(cells: pd.DataFrame, keys: Sequence[str], varied: str) -> list[str]:
+    """The fields in which two cells must agree to be compared in `varied`: the other keys, and the budget."""
+    return [name for name in dict.fromkeys([*keys, *BUDGET]) if name != varied and name in cells]
 
 
 def mixed(group: pd.DataFrame, keys: Sequence[str]) -> dict[str, list[str]]:

@@ -20,7 +20,7 @@ from repro.config import parse_config
 from repro.errors import UserError, run_main
 from repro.files import write_atomic
 from repro.report.agreement import RULE, agreement_sentence, agrees, judge
-from repro.report.cells import aggregate, in_order, separate, show, sortable, text_of
+from repro.report.cells import aggregate, comparison, in_order, separate, show, sortable, text_of
 from repro.report.published import KINDS, Entry, load_entries
 from repro.report.records import curve_of, find_records, load_records
 from repro.report.stats import difference, holm
@@ -84,7 +84,7 @@ def _table(frame: pd.DataFrame, name: str, results: Path, entries: list[Entry]) 
     found = [_cell(cell, metric, results, entries) for cell in raw]
     for cell, shown in zip(raw, found, strict=True):
         shown["reversed"] = turned.get(tuple(text_of(cell[key]) for key in keys), ())
-    _against_baseline(raw, found, keys)
+    _against_baseline(raw, found, comparison(cells, keys, "method"))
     heads = sorted(set(cells[columns]), key=sortable)
     notes = [*dict.fromkeys(filter(None, map(text_of, cells["note"])))]
     lines: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -144,9 +144,8 @@ def _run(run: dict[Any, Any], metric: str, results: Path) -> dict[str, Any]:
     return {"seed": seed, "value": _rounded(run[f"metrics.{metric}"]), "record": where, "curve": packed or None}
 
 
-def _against_baseline(raw: list[dict[Any, Any]], found: list[dict[str, Any]], keys: list[str]) -> None:
-    """Adds to each cell how it differs from the vanilla row over seeds, Holm-corrected over the table."""
-    others = [key for key in keys if key != "method"]
+def _against_baseline(raw: list[dict[Any, Any]], found: list[dict[str, Any]], others: list[str]) -> None:
+    """Adds to each cell how it differs from the vanilla row with equal `others` over seeds, Holm-corrected."""
     base = {tuple(text_of(c[k]) for k in others): c["values"] for c in raw if c["method"] == BASELINE}
     tests = []
     for cell, shown in zip(raw, found, strict=True):

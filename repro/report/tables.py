@@ -23,6 +23,7 @@ from repro.report.cells import (
     AVERAGE,
     add_average,
     aggregate,
+    comparison,
     fields_of,
     in_order,
     metrics_of,
@@ -179,7 +180,7 @@ def differences(cells: pd.DataFrame, keys: list[str], config: Config) -> pd.Data
     field = field or next((name for name in ("method", "family") if name in keys), "")
     if field not in keys or value not in set(cells[field].map(text_of)):
         raise UserError(f"--against {config.against}: no such row; write a method, or field=value of a field of --rows")
-    others = [key for key in keys if key != field]
+    others = comparison(cells, keys, field)
     base = {tuple(map(text_of, row[others])): row for _, row in cells.iterrows() if text_of(row[field]) == value}
     found: list[Difference | None] = []
     tests: list[float | None] = []
