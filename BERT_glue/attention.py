@@ -126,8 +126,7 @@ class VariantAttention(nn.Module):
             return weights(v)
         if c.variant == "neutreno":
             return forms.neutreno(q, k, v, v0, c.neutreno_lambda, mask, attend=attend)
-        shares = (c.resformer_share, 1 - c.resformer_share)
-        return forms.resformer(q, k, v, v0, shares, mask, attend=attend)
+        return forms.resformer(q, k, v, v0, c.resformer_share, mask, attend=attend)
 
 
 def describe_variant(config: PretrainedConfig) -> str:

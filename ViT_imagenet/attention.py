@@ -23,7 +23,6 @@ from typing import Any
 from timm.layers import Attention, LayerScale
 from timm.models import VisionTransformer, register_notrace_module
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from contranorm import attention as forms
 from contranorm.attention import Operator
@@ -55,7 +54,7 @@ class VariantAttention(Attention):
         """A as timm computes it: by the fused kernel, or formed once, which lets a probe see it."""
         dropout = self.attn_drop.p if self.training else 0.0
         if self.fused_attn and not dropout:
-            return lambda values: F.scaled_dot_product_attention(q, k, values)
+            return forms.attention(q, k)
         weights = self.attn_drop(((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1))  # (B, H, N, N)
         return lambda values: weights @ values
 
@@ -146,7 +145,7 @@ class ResFormerAttention(FirstValuesAttention):
 
     def mix_first(self, q: Tensor, k: Tensor, v: Tensor, v0: Tensor) -> Tensor:
         """A (share·v₀ + (1 - share)·v)."""
-        return forms.resformer(q, k, v, v0, (self.share, 1 - self.share), attend=self.attend)
+        return forms.resformer(q, k, v, v0, self.share, attend=self.attend)
 
 
 ATTENTION: dict[str, type[VariantAttention]] = {

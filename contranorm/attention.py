@@ -9,7 +9,7 @@ mask is bool (B, N), True for real tokens: padding enters neither a real token's
 | `feat_scale` | (1+t₂) o + (t₁-t₂) mean(o) of the layer's output o | t₁, t₂ (D,), 0 | t₁ = t₂ = 0 |
 | `gfsa` | w₀ v + (w₁-(K-2) w_K) y + (K-1) w_K A y | w_K (H,), 0 | w₀ = w_K = 0, w₁ = 1 |
 | `neutreno` | y + λ (v₀ - v) | nothing | λ = 0 |
-| `resformer` | A (a v₀ + b v) | nothing | (a, b) = (0, 1) |
+| `resformer` | A (β v₀ + (1-β) v) | nothing | β = 0 |
 
 None of them needs A itself, only products A·values: scaled_dot_product_attention computes those, and no N x N matrix
 is stored. A backend of one's own goes in as `attend`.
@@ -25,22 +25,41 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from contranorm.kernels import twice
+
 Operator = Callable[[Tensor], Tensor]
 """Values (B, H, N, d) → A · values."""
 Attend = Callable[[Tensor, Tensor, Tensor | None], Operator]
 """Queries, keys and mask → the operator of their attention matrix."""
 
 
-def attention(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Operator:
-    """A = softmax(q kᵀ/√d) as an operator on values.
+class FusedAttention:
+    """A = softmax(q kᵀ/√d) as an operator on values, by scaled_dot_product_attention.
 
     Args:
         q: queries, (B, H, N, d).
         k: keys, (B, H, N, d).
         mask: bool (B, N), True for real tokens; no token attends to the others.
     """
-    keys = None if mask is None else mask[:, None, None, :]
-    return lambda values: F.scaled_dot_product_attention(q, k, values, attn_mask=keys)
+
+    def __init__(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> None:
+        self.q, self.k = q, k
+        self.mask = None if mask is None else mask[:, None, None, :]
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """A · values, (B, H, N, d)."""
+        return F.scaled_dot_product_attention(self.q, self.k, values, attn_mask=self.mask)
+
+
+def attention(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Operator:
+    """A = softmax(q kᵀ/√d) as an operator on values, see `FusedAttention`.
+
+    Args:
+        q: queries, (B, H, N, d).
+        k: keys, (B, H, N, d).
+        mask: bool (B, N), True for real tokens; no token attends to the others.
+    """
+    return FusedAttention(q, k, mask)
 
 
 def token_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -133,10 +152,14 @@ def gfsa(
     """
     if order < 2:
         raise ValueError(f"order must be at least 2, got {order}")
-    a = attend(q, k, mask)
-    y = a(v)
-    w = w_k.to(y.dtype)[:, None, None]
-    out = torch.addcmul((w1 - (order - 2) * w) * y, (order - 1) * w, a(y))
+    a, w = attend(q, k, mask), w_k.to(v.dtype)
+    c1, c2 = w1 - (order - 2) * w, (order - 1) * w  # (H,)
+    # While w_K is 0, vanilla's own kernel: then it is vanilla bit for bit.
+    if isinstance(a, FusedAttention) and mask is None and twice.serves(q) and bool(w_k.any()):
+        out = twice.attend_twice(q, k, v, c1, c2)
+    else:
+        y = a(v)
+        out = torch.addcmul(c1[:, None, None] * y, c2[:, None, None], a(y))
     return torch.add(out, v, alpha=w0) if w0 else out
 
 
@@ -166,24 +189,23 @@ def resformer(
     k: Tensor,
     v: Tensor,
     v0: Tensor,
-    weights: tuple[float, float] = (0.5, 0.5),
+    share: float = 0.5,
     mask: Tensor | None = None,
     *,
     attend: Attend = attention,
 ) -> Tensor:
-    """ResFormer: attention over a mixture of the first layer's values and the own ones, A (a v₀ + b v).
+    """ResFormer: attention over a mixture of the first layer's values and the own ones, A (β v₀ + (1-β) v).
 
-    Source: Zhou et al., "Value Residual Learning", arXiv 2410.17897; Zcchill/Value-Residual-Learning: a = b = 0.5,
-    first layer plain. With A = I it is `neutreno` at λ = a, if a + b = 1.
+    Source: Zhou et al., "Value Residual Learning", arXiv 2410.17897; Zcchill/Value-Residual-Learning: β = 0.5, first
+    layer plain. With A = I it is `neutreno` at λ = β.
 
     Args:
         q: queries, (B, H, N, d).
         k: keys, (B, H, N, d).
         v: values, (B, H, N, d).
         v0: the first layer's values, (B, H, N, d).
-        weights: a of v₀, b of v.
+        share: β.
         mask: bool (B, N), True for real tokens.
         attend: what computes A.
     """
-    first, own = weights
-    return attend(q, k, mask)(torch.add(own * v, v0, alpha=first))
+    return attend(q, k, mask)(torch.lerp(v, v0, share))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from contranorm.attention import attention, attn_scale, feat_scale, gfsa, neutreno, resformer
+from contranorm.kernels import twice
 
 N, D = 5, 4
 
@@ -44,7 +45,7 @@ def of(form: str, lamb: Tensor | None = None) -> Callable[..., Tensor]:
         "attn_scale": lambda q, k, v, v0, mask=None: attn_scale(q, k, v, lamb, mask),
         "gfsa": lambda q, k, v, v0, mask=None: gfsa(q, k, v, lamb, mask, order=3, w0=-0.1),
         "neutreno": lambda q, k, v, v0, mask=None: neutreno(q, k, v, v0, 0.6, mask),
-        "resformer": lambda q, k, v, v0, mask=None: resformer(q, k, v, v0, (0.4, 0.6), mask),
+        "resformer": lambda q, k, v, v0, mask=None: resformer(q, k, v, v0, 0.4, mask),
     }[form]
 
 
@@ -168,7 +169,7 @@ def test_the_vanilla_setting_is_attention_bit_for_bit(masked: bool) -> None:
         lambda q, k, v, v0: attn_scale(q, k, v, zeros, mask),
         lambda q, k, v, v0: gfsa(q, k, v, zeros, mask),
         lambda q, k, v, v0: neutreno(q, k, v, v0, 0.0, mask),
-        lambda q, k, v, v0: resformer(q, k, v, v0, (0.0, 1.0), mask),
+        lambda q, k, v, v0: resformer(q, k, v, v0, 0.0, mask),
         lambda q, k, v, v0: feat_scale(attention(q, k, mask)(v), torch.zeros(D).double(), torch.zeros(D).double()),
     ]
     results = []
@@ -179,6 +180,29 @@ def test_the_vanilla_setting_is_attention_bit_for_bit(masked: bool) -> None:
         results.append([out, *(x.grad for x in inputs[:3])])
     for found in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], found, strict=True))
+
+
+def test_one_a_for_both_products_of_gfsa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel for CPUs against two calls of attention, values and gradients, a few heads at a time."""
+    monkeypatch.setattr(twice, "CHUNK", 4 * N * N)  # 6 heads are two parts of unequal size
+    q, k, v, _ = draw()
+    found = []
+    for shared in (True, False):
+        monkeypatch.setattr(twice, "serves", lambda q, shared=shared: shared)
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = gfsa(*inputs, per_head(0.3, -0.2, 0.7))
+        found.append([out, *torch.autograd.grad((out * wave(N, D, 3)).sum(), inputs)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert not torch.equal(found[0][0], found[1][0])  # it was the kernel
+
+
+def test_transforms_and_compilers_get_two_calls() -> None:
+    q, k, v, _ = draw()
+    w = per_head(0.3, -0.2, 0.7)
+    one = torch.func.grad(lambda q: gfsa(q, k, v, w).sum())(q)
+    (other,) = torch.autograd.grad(gfsa(q.requires_grad_(), k, v, w).sum(), q)
+    torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -324,7 +324,7 @@ def test_labels(flags: str, method: str, order: tuple[float, ...]) -> None:
 def test_footnotes_say_what_was_run() -> None:
     doubled = parse(*"--norm vanilla --variant feat_scale --feat_scale_doubled --epochs 500".split()).label().note
     assert "its paper adds each term once, its released code twice" in doubled
-    assert doubled.endswith("here doubled True, 500 epochs")
+    assert doubled.endswith("here doubled, 500 epochs")
     assert "K in 2..10" in parse(*"--norm vanilla --variant gfsa".split()).label().note
     assert parse("--norm=vanilla").label().note == parse("--scale=0.1").label().note == ""
 
