@@ -1,4 +1,4 @@
-"""What a forward pass costs, in multiply-adds: torch's counter, but sparse matrices by their entries."""
+"""What a forward pass costs, in multiply-adds: torch's counter, and what it leaves out or takes for dense."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
+_ATEN = torch.ops.aten
+# Products by the number of their left argument. torch's counter lacks all but the first two, and their sparse factors.
+_PRODUCTS = {_ATEN.mm: 0, _ATEN.addmm: 1, _ATEN.addmm_: 1, _ATEN._sparse_addmm: 1, _ATEN.mv: 0}
 
 
-def _by_entries(dense: Callable[..., int], first: int) -> Callable[..., int]:
-    """The formula of a product whose left factor, argument number `first`, counts its stored entries if sparse."""
+def _entries(matrix: Tensor) -> int:
+    """The stored entries of a sparse matrix, or all."""
+    return matrix.numel() if matrix.layout == torch.strided else matrix.values().numel()
 
-    def formula(*args: Any, **kwargs: Any) -> int:
-        left, right = args[first], args[first + 1]
-        if isinstance(left, Tensor) and left.layout != torch.strided:
-            return 2 * left.values().numel() * int(right.shape[1])
-        return dense(*args, **kwargs)
 
-    formula._get_raw = True  # type: ignore[attr-defined]  # tensors, not shapes: FlopCounterMode's own mark
+def _raw(formula: Callable[..., int]) -> Callable[..., int]:
+    """Mark a formula as one of tensors, not of shapes, as FlopCounterMode wants it."""
+    formula._get_raw = True  # type: ignore[attr-defined]
     return formula
+
+
+def _product(first: int) -> Callable[..., int]:
+    """Each entry of the left factor, argument number `first`, meets a row of the right one."""
+    return _raw(lambda *args, **_: 2 * _entries(args[first]) * args[first + 1].shape[1:].numel())
 
 
 def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
@@ -33,10 +38,14 @@ def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
 def multiply_adds(forward: Callable[..., Any], *inputs: Any) -> int:
     """Multiply-adds of all matrix products and attention calls in `forward(*inputs)`; a sparse factor by its entries.
 
-    Elementwise work (norms, activations, differences along edges) is not counted.
+    Elementwise work (norms, activations, differences along edges) is not counted. The number is of what was computed:
+    a forward pass that chooses a faster or slower form by its inputs' values, as ContraNorm's linear one does, costs
+    what it chose.
     """
-    known = {op: _by_entries(flop_registry[op], first) for op, first in zip(_PRODUCTS, (0, 1), strict=True)}
-    known[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = _attention  # which torch's counter leaves out
+    known: dict[Any, Callable[..., int]] = {op: _product(first) for op, first in _PRODUCTS.items()}
+    # at the entries of a sparse pattern, products of rows
+    known[_ATEN.sparse_sampled_addmm] = _raw(lambda at, left, *_, **__: 2 * _entries(at) * left.shape[1])
+    known[_ATEN._scaled_dot_product_flash_attention_for_cpu] = _attention
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
         forward(*inputs)
     return int(counter.get_total_flops()) // 2

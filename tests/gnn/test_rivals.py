@@ -315,9 +315,23 @@ def test_half_hop_draws_by_seed(make_data: Any) -> None:
     assert sizes[0] == sizes[1] != sizes[2] and 60 < sizes[0] < 60 + graph.edge_index.shape[1] * 2
 
 
-def test_multiply_adds_count_a_sparse_matrix_by_its_entries(config: Any, graph: Any) -> None:
-    x, adjacency, _ = graph
-    entries = len(adjacency.pattern.row)
-    net = build(config).eval()
-    dense = 60 * (12 * 8 + 2 * 8 * 8 + 8 * 3)
-    assert multiply_adds(net, x, adjacency) == dense + entries * (3 * 8 + 3)
+@pytest.mark.parametrize("trained", [False, True])
+def test_multiply_adds_by_hand(trained: bool, config: Any, graph: Any) -> None:
+    x, adjacency, y = graph
+    (n, inputs), hid, classes, edges = x.shape, 8, 3, len(adjacency.pattern.row)
+
+    def count(**changes: Any) -> int:
+        net = build_model(config(**changes), inputs, classes)
+        if trained:  # other values, the same work
+            train(net, x, adjacency, y)
+        return multiply_adds(net.eval(), x, adjacency)
+
+    vanilla = n * inputs * hid + n * hid * hid + n * hid * classes + edges * (2 * hid + classes)
+    assert count() == vanilla
+    gcnii = n * inputs * hid + 3 * (edges * hid + n * hid * hid) + n * hid * classes
+    assert count(model="GCNII") == gcnii
+    contranorm: dict[str, Any] = {"norm_mode": "CN", "scale": 1.0}
+    cosines, weighted = n * n * hid, n * n * hid  # x̂ x̂ᵀ and A x of each hidden layer
+    assert count(**contranorm, implementation="plain") == vanilla + 2 * (cosines + weighted)
+    row_sums = n * n  # one column more
+    assert count(**contranorm, implementation="blocked") == vanilla + 2 * (cosines + weighted + row_sums)

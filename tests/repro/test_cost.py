@@ -15,4 +15,17 @@ def test_products_and_attention_are_counted_on_this_processor_too() -> None:
 
 def test_a_sparse_factor_counts_by_its_entries() -> None:
     sparse = torch.eye(6).to_sparse_csr()
-    assert multiply_adds(torch.mm, sparse, torch.randn(6, 4)) == 6 * 4
+    dense = torch.randn(6, 4)
+    assert multiply_adds(torch.mm, sparse, dense) == 6 * 4
+    assert multiply_adds(torch.sparse.mm, sparse, dense) == 6 * 4
+    assert multiply_adds(torch.mv, sparse, dense[:, 0]) == 6
+    assert multiply_adds(lambda out: out.addmm_(sparse, dense), torch.zeros(6, 4)) == 6 * 4
+    assert multiply_adds(torch.sparse.sampled_addmm, sparse, dense, dense.mT) == 6 * 4
+
+
+def test_products_in_place_are_counted() -> None:
+    a, b = torch.randn(5, 7), torch.randn(7, 2)
+    assert multiply_adds(lambda: torch.zeros(5, 2).addmm_(a, b)) == 5 * 7 * 2
+    assert multiply_adds(lambda: torch.mm(a, b, out=torch.zeros(5, 2))) == 5 * 7 * 2
+    assert multiply_adds(lambda: torch.addmm(torch.zeros(5, 2), a, b)) == 5 * 7 * 2
+    assert multiply_adds(lambda: a @ b[:, 0]) == 5 * 7
