@@ -14,8 +14,9 @@ from repro.report.records import CELL_FIELDS
 
 # What tells the runs of one cell apart: it is averaged over all of them. Graphs with ten splits have runs of each.
 REPLICATES = ("seed", "split")
-# How long a run trains: a difference between two budgets is none between methods.
-BUDGET = ("epochs", "num_train_epochs")
+# How long a run trains, and among how many settings its own were chosen: a difference between two budgets is none
+# between methods.
+BUDGET = ("epochs", "num_train_epochs", "tuning_trials")
 AVERAGE = "average"  # column name; also how paper.yaml names a mean over tasks
 
 
@@ -120,6 +121,11 @@ def mixed(group: pd.DataFrame, keys: Sequence[str]) -> dict[str, list[str]]:
     fields = [name for name in fields if name not in (*REPLICATES, "order", "note")]
     values = {name: sorted({text_of(value) or "unset" for value in group[name]}) for name in fields}
     return {name: found for name, found in values.items() if len(found) > 1}
+
+
+def notes_on(cells: pd.DataFrame) -> list[str]:
+    """What the cells' records say below a table of their methods, each note once."""
+    return list(dict.fromkeys(note for text in cells["note"] for note in text_of(text).splitlines()))
 
 
 def separate(frame: pd.DataFrame, keys: Sequence[str], metric: str) -> list[str]:

@@ -20,7 +20,7 @@ from repro.config import parse_config
 from repro.errors import UserError, run_main
 from repro.files import write_atomic
 from repro.report.agreement import RULE, agreement_sentence, agrees, judge
-from repro.report.cells import aggregate, comparison, in_order, separate, show, sortable, text_of
+from repro.report.cells import aggregate, comparison, in_order, notes_on, separate, show, sortable, text_of
 from repro.report.published import KINDS, Entry, load_entries
 from repro.report.records import curve_of, find_records, load_records
 from repro.report.stats import difference, holm
@@ -86,7 +86,7 @@ def _table(frame: pd.DataFrame, name: str, results: Path, entries: list[Entry]) 
         shown["reversed"] = turned.get(tuple(text_of(cell[key]) for key in keys), ())
     _against_baseline(raw, found, comparison(cells, keys, "method"))
     heads = sorted(set(cells[columns]), key=sortable)
-    notes = [*dict.fromkeys(filter(None, map(text_of, cells["note"])))]
+    notes = notes_on(cells)
     lines: dict[tuple[str, ...], dict[str, Any]] = {}
     for cell, shown in zip(raw, found, strict=True):
         varied = [key for key in extra if cells[cells["method"] == cell["method"]][key].map(text_of).nunique() > 1]

@@ -49,7 +49,13 @@ class Entry:
         return self.metric, tuple(sorted((name, value) for name, value in self.match.items() if name != "method"))
 
     def fits(self, cell: Mapping[Any, Any]) -> bool:
-        """True when the number belongs to this cell: every matched column is known there and equal."""
+        """True when the number belongs to this cell: every matched column is known there and equal.
+
+        Runs whose settings were chosen among many on validation have none: what was published had not their budget.
+        """
+        trials = cell.get("tuning_trials")
+        if trials is not None and trials == trials:  # set, and not NaN
+            return False
         return all(
             bool({cell.get("method"), cell.get("family")} & set(wanted))
             if name == "method"

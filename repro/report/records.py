@@ -15,6 +15,7 @@ import pandas as pd
 
 from repro.config import LOCATION_FIELDS, CellLabel
 from repro.errors import UserError
+from repro.report.notes import notes_of
 from repro.report.upgrade import upgrade
 
 REQUIRED = ("experiment", "protocol", "selection", "metrics", "config")
@@ -84,6 +85,7 @@ def load_records(places: str | Path | Sequence[str | Path]) -> pd.DataFrame:
     Columns:
         data, model, method, order, depth, scale: the record's cell.
         family: the method without its scale, "ContraNorm + LayerNorm" for "ContraNorm s=1 + LayerNorm".
+        note: what to say below a table, one note a line: the record's own, else those of methods.yaml.
         metrics.<name>: numbers, fractions.
         the config's fields and the record's other values by their own name, or as `config.<name>` and `record.<name>`
             where that names another column.
@@ -110,10 +112,12 @@ def _row(where: str, record: dict[str, Any], configured: set[str]) -> dict[str, 
     method, scale = cell["method"], cell["scale"]
     own = {name: f"config.{name}" if name in _RESERVED else name for name in record["config"]}
     ignored = {*record.get("execution_fields", ()), "seed"}
+    family = cell["family"] or (method if scale is None else str(method).replace(f" s={scale:g}", ""))
     row = {
         "path": where,
         **cell,
-        "family": cell["family"] or (method if scale is None else str(method).replace(f" s={scale:g}", "")),
+        "family": family,
+        "note": cell["note"] or "\n".join(notes_of(record["experiment"], str(family), record["config"])),
         "settings": tuple(column for name, column in own.items() if name not in ignored and name == column),
     }
     for name, value in record.items():

@@ -6,7 +6,7 @@ Runs are a `Series` of one metric, indexed by what pairs them (seed, split); sum
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import pandas as pd
 from scipy import stats
 
 LEVEL = 0.05
+DRAWS = 10_000  # of the bootstrap over runs within tasks
 FLOOR = 0.005  # half a point: narrower intervals, as of cells without spread, are taken to be this wide
 
 
@@ -129,6 +130,55 @@ def bootstrap_mean(values: Sequence[float]) -> tuple[float, float]:
         return math.nan, math.nan
     found = stats.bootstrap((values,), np.mean, confidence_level=1 - LEVEL, method="percentile", random_state=0)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+class Estimate(NamedTuple):
+    """A value and its 95 % interval, NaN where a task has a single run."""
+
+    value: float
+    low: float
+    high: float
+
+
+def interquartile_mean(tasks: Sequence[Sequence[float]]) -> Estimate:
+    """The mean of the middle half of all runs of all tasks, each a sequence of runs (Agarwal et al., NeurIPS 2021).
+
+    Beside the mean it ignores outliers, beside the median it is more certain.
+    """
+
+    def statistic(*samples: Any, axis: int = -1) -> Any:
+        return stats.trim_mean(np.concatenate(samples, axis=axis), 0.25, axis=axis)
+
+    return _stratified_bootstrap(statistic, tasks)
+
+
+def probability_of_improvement(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> Estimate:
+    """P(X > Y): how often a run of a is above one of b in the same task, ties half, mean over tasks.
+
+    That is Mann and Whitney's U / (n_x n_y) (Agarwal et al., NeurIPS 2021). 0.5: neither is better. Runs do not pair.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} tasks against {len(b)}: both must have runs of the same tasks")
+
+    def statistic(*samples: Any, axis: int = -1) -> Any:  # each (..., n)
+        xs, ys = samples[: len(a)], samples[len(a) :]
+        above = [np.sign(x[..., :, None] - y[..., None, :]).mean(axis=(-2, -1)) for x, y in zip(xs, ys, strict=True)]
+        return (1 + np.mean(above, axis=0)) / 2
+
+    return _stratified_bootstrap(statistic, [*a, *b])
+
+
+def _stratified_bootstrap(statistic: Callable[..., Any], samples: Sequence[Sequence[float]]) -> Estimate:
+    """The statistic and its 95 % percentile interval, runs drawn anew within each sample; always the same draws."""
+    arrays = [np.asarray(sample, dtype=float) for sample in samples]
+    value = float(statistic(*arrays))
+    if min(map(len, arrays)) < 2:
+        return Estimate(value, math.nan, math.nan)
+    found = stats.bootstrap(
+        arrays, statistic, n_resamples=DRAWS, batch=1000, vectorized=True, confidence_level=1 - LEVEL,
+        method="percentile", random_state=0,
+    ).confidence_interval  # fmt: skip
+    return Estimate(value, float(found.low), float(found.high))
 
 
 def agreement(ours: Summary, theirs: Summary) -> tuple[float | None, float | None]:

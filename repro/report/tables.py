@@ -27,6 +27,7 @@ from repro.report.cells import (
     fields_of,
     in_order,
     metrics_of,
+    notes_on,
     select_best,
     select_runs,
     show,
@@ -36,6 +37,8 @@ from repro.report.cells import (
     split_of,
     text_of,
 )
+from repro.report.costs import EXPLAINED, cost_table
+from repro.report.overall import explained, overall_table
 from repro.report.published import KINDS, METHOD, Entry, load_entries
 from repro.report.records import find_records, load_records, records_flag
 from repro.report.stats import LEVEL, Difference, bootstrap_mean, difference, holm, tost
@@ -73,10 +76,17 @@ class Config:
     the cells, and for the first form of ContraNorm only."""
     against: str | None = None
     """Also show how each cell differs from that of this row, over seeds: a method (`vanilla`), or `field=value`."""
-    test: Literal["t", "wilcoxon"] = "t"
-    """What gives the p of --against: the t-test, paired where seeds pair, else Welch's; or Wilcoxon's signed ranks."""
+    test: Literal["t", "wilcoxon", "both"] | None = None
+    """What gives the p of --against: t (unset), the t-test, paired where seeds pair, else Welch's; wilcoxon, Wilcoxon's
+    signed ranks; both, one after the other."""
     margin: float | None = None
     """With --against: p of equivalence (TOST) instead: below 0.05, the difference is within this fraction."""
+    overall: bool | None = None
+    """Also one line per method over all its cells: the interquartile mean, and with --against how often it is above."""
+    costs: bool | None = None
+    """Also what each cell cost: parameters, multiply-adds, seconds, and its tuning."""
+    tuned: bool | None = None
+    """Only runs whose settings were chosen by repro.tune: neither its trials nor untuned ones."""
     format: Literal["markdown", "csv", "latex"] = "markdown"
     """How the table is written."""
     percent: bool = True
@@ -96,8 +106,16 @@ class Config:
         if self.average and self.columns == "":
             raise ValueError("--average needs --columns: it is the mean over some of them")
 
+    @property
+    def tests(self) -> dict[str, str]:
+        """Name → in words, of the tests that give p."""
+        words = {"t": "the paired t-test, Welch's where seeds do not pair", "wilcoxon": "Wilcoxon's signed ranks"}
+        if self.margin is not None:
+            return {"tost": f"equivalence within {self.margin:g} (TOST)"}
+        return words if self.test == "both" else {self.test or "t": words[self.test or "t"]}
 
-PRESETS: dict[str, dict[str, str]] = {
+
+PRESETS: dict[str, dict[str, Any]] = {
     "table1": {
         "rows": "model,method",
         "columns": "data",
@@ -107,7 +125,16 @@ PRESETS: dict[str, dict[str, str]] = {
     "table2": {"rows": "data,model,epochs,method", "columns": "depth", "metric": "test_accuracy"},
     "table3": {"rows": "data,method", "columns": "depth", "metric": "test_accuracy"},
     "arxiv": {"rows": "data,method,depth", "columns": "model", "metric": "test_accuracy"},
-    "rivals": {"rows": "data,family", "columns": "depth", "metric": "test_accuracy", "against": "vanilla"},
+    "rivals": {
+        "rows": "data,family",
+        "columns": "depth",
+        "metric": "test_accuracy",
+        "against": "vanilla",
+        "test": "both",
+        "overall": True,
+        "costs": True,
+        "tuned": True,
+    },
 }
 
 
@@ -171,7 +198,9 @@ def _mark(notes: list[str], used: dict[str, str]) -> str:
 
 
 def differences(cells: pd.DataFrame, keys: list[str], config: Config) -> pd.DataFrame:
-    """The cells with their difference `found` from that of `--against`, and its `p` (Holm over the whole table).
+    """The cells with their difference `found` from that of `--against`, whose runs are `base`.
+
+    `p` is a tuple, one for each test, each Holm-corrected over the whole table.
 
     Raises:
         UserError: no row is called so, or no other has a cell in common with it.
@@ -183,25 +212,31 @@ def differences(cells: pd.DataFrame, keys: list[str], config: Config) -> pd.Data
     others = comparison(cells, keys, field)
     base = {tuple(map(text_of, row[others])): row for _, row in cells.iterrows() if text_of(row[field]) == value}
     found: list[Difference | None] = []
-    tests: list[float | None] = []
+    runs: list[pd.Series[Any] | None] = []
+    tests: dict[str, list[float | None]] = {test: [] for test in config.tests}
     for _, cell in cells.iterrows():
         other = base.get(tuple(map(text_of, cell[others])))
-        compared = other is not None and text_of(cell[field]) != value
-        found.append(difference(cell["values"], other["values"]) if other is not None and compared else None)
-        if not found[-1] or other is None:
-            tests.append(None)
-        elif config.margin is None:
-            tests.append(found[-1].p if config.test == "t" else found[-1].wilcoxon)
-        else:
-            tests.append(tost(cell["values"], other["values"], config.margin))
+        runs.append(None if other is None or text_of(cell[field]) == value else other["values"])
+        found.append(None if runs[-1] is None else difference(cell["values"], runs[-1]))
+        for test, p_values in tests.items():
+            if found[-1] is None or runs[-1] is None:
+                p_values.append(None)
+            elif test == "tost":
+                p_values.append(tost(cell["values"], runs[-1], config.margin or 0))
+            else:
+                p_values.append(found[-1].p if test == "t" else found[-1].wilcoxon)
     if not any(found):
         raise UserError(f"--against {config.against}: no other row has a cell in common with it")
-    p_values = [math.nan if p is None else p for p in holm(tests)]
-    return cells.assign(found=pd.Series(found, index=cells.index, dtype=object), p=p_values)
+    corrected = [[math.nan if p is None else p for p in holm(p_values)] for p_values in tests.values()]
+    columns = {"found": found, "base": runs, "p": list(zip(*corrected, strict=True))}
+    return cells.assign(**{n: pd.Series(values, index=cells.index, dtype=object) for n, values in columns.items()})
 
 
 def _text(cell: pd.Series[Any], config: Config, best: str | None) -> str:
-    """`67.60 ± 2.24 (3) [4.0], +11.11, p 0.02`: the cell, the scale chosen, and how it differs from --against."""
+    """`67.60 ± 2.24 (3) [4.0], +11.11, p 0.02`: the cell, the scale chosen, and how it differs from --against.
+
+    With two tests there are two p.
+    """
     text = show(cell["mean"], cell["std"], cell["n"], config.percent)
     if best and text_of(cell[best]):
         text += f" [{text_of(cell[best])}]"
@@ -209,7 +244,7 @@ def _text(cell: pd.Series[Any], config: Config, best: str | None) -> str:
     if found is None:
         return text
     pairs = " unpaired" if not found.paired and found.n > 1 else f" ({found.n})" if found.n < cell["n"] else ""
-    p = "—" if pd.isna(cell["p"]) else f"{cell['p']:.2g}"
+    p = " / ".join("—" if pd.isna(p) else f"{p:.2g}" for p in cell["p"])
     return f"{text}, {signed(found.mean, config.percent)}{pairs}, p {p}"
 
 
@@ -220,7 +255,7 @@ def against_sentences(cells: pd.DataFrame, config: Config) -> list[str]:
     name = next((name for name in ("method", "family") if name in split_names(config.rows)), "method")
     for method, own in cells.groupby("family" if config.best == "scale" else name, sort=False):
         means = [found.mean for found in own["found"]]
-        shown = [found.mean for found, p in zip(own["found"], own["p"], strict=True) if p < LEVEL]
+        shown = [found.mean for found, p in zip(own["found"], own["p"], strict=True) if p[0] < LEVEL]
         low, high = (signed(bound, config.percent) for bound in bootstrap_mean(means))
         interval = "" if len(means) < 2 else f", 95 % bootstrap interval {low} to {high}"
         count = f"better in {sum(m > 0 for m in shown)}, worse in {sum(m < 0 for m in shown)}"
@@ -229,7 +264,7 @@ def against_sentences(cells: pd.DataFrame, config: Config) -> list[str]:
         lines.append(
             f"{method} against {config.against}: {signed(sum(means) / len(means), config.percent)}"
             f"{' points' if config.percent else ''} over {len(own)} cells{interval}; {count} "
-            f"(p < {LEVEL:g} after Holm over {len(cells)} cells)."
+            f"({'t-test: ' if len(config.tests) > 1 else ''}p < {LEVEL:g} after Holm over {len(cells)} cells)."
         )
     return lines
 
@@ -275,10 +310,9 @@ def _caption(frame: pd.DataFrame, config: Config) -> str:
     splits = sorted(set(split_of(frame)))
     shown = ""
     if config.against:
-        test = {"t": "the paired t-test, Welch's where seeds do not pair", "wilcoxon": "Wilcoxon's signed ranks"}
         shown = f", difference from {config.against}{' in points' if config.percent else ''} (pairs, if fewer), p of "
-        shown += test[config.test] if config.margin is None else f"equivalence within {config.margin:g} (TOST)"
-        shown += ", Holm-corrected over the table"
+        shown += " / of ".join(config.tests.values())
+        shown += f", {'each ' if len(config.tests) > 1 else ''}Holm-corrected over the table"
     parts = [
         f"{config.metric}{' in %' if config.percent else ''}, mean ± sample standard deviation (number of runs){shown}",
         f"protocol: {', '.join(sorted(set(frame['protocol'])))}",
@@ -286,6 +320,10 @@ def _caption(frame: pd.DataFrame, config: Config) -> str:
         f"{len(frame)} runs, seeds {', '.join(map(str, seeds)) or 'not recorded'}"
         + (f", splits {', '.join(map(str, splits))}" if len(splits) > 1 else ""),
     ]
+    if "tuning_trials" in frame and len(trials := frame["tuning_trials"].dropna()):
+        budget = " or ".join(str(int(number)) for number in sorted(set(trials)))
+        which = "all rows" if len(trials) == len(frame) else f"{len(trials)} runs"
+        parts.append(f"settings of {which} chosen among {budget} on validation, on seeds of their own")
     if config.best:
         parts.append(f"in brackets: {config.best} chosen per cell by the highest mean {config.by}")
     return "; ".join(parts) + "."
@@ -294,6 +332,10 @@ def _caption(frame: pd.DataFrame, config: Config) -> str:
 def build(config: Config, entries: list[Entry]) -> str:
     """The whole text: caption, table, and the comparison where numbers from elsewhere exist."""
     frame = select_runs(load_records(config.records), config.where)
+    if config.tuned:
+        frame = frame[frame["tuning_trials"].notna()] if "tuning_trials" in frame else frame[:0]
+        if frame.empty:
+            raise UserError("--tuned: no record holds settings that repro.tune has chosen; --no_tuned takes all")
     rows, columns, metric = split_names(config.rows), config.columns or "", str(config.metric)
     if config.best == "scale":
         rows = ["family" if name == "method" else name for name in rows]
@@ -319,14 +361,22 @@ def build(config: Config, entries: list[Entry]) -> str:
     texts = [_text(cell, config, best) for _, cell in cells.iterrows()]
     table = pivot(cells.assign(text=texts), rows, columns)
     beside, notes = compare(tables, keys, metric, entries, config)
-    own = [*dict.fromkeys(filter(None, map(text_of, cells["note"])))]  # what the rows' records say of their methods
-    notes = [*(against_sentences(cells, config) if config.against else []), *own, *notes]
+    more = [beside]
+    notes = [*(against_sentences(cells, config) if config.against else []), *notes_on(cells), *notes]
+    if config.costs:
+        more.insert(0, cost_table(cells, keys))
+        notes.append(EXPLAINED)
+    if config.overall:
+        name = next((name for name in ("method", "family") if name in rows), rows[0])
+        more.insert(0, overall_table(cells, name, config.against, config.percent))
+        notes.append(explained(config.against))
+    more = [part for part in more if not part.empty]
     if config.format == "csv":
-        return "\n".join(render(part, "csv") for part in (table, beside) if not part.empty)
+        return "\n".join(render(part, "csv") for part in (table, *more))
     comment = "% " if config.format == "latex" else ""
     below = "".join(f"{comment}{'' if comment else '- '}{note.removesuffix('.')}.\n" for note in notes)
-    parts = [f"{comment}{_caption(frame, config)}\n", render(table, config.format)]
-    return "\n".join([*parts, *([] if beside.empty else [render(beside, config.format)]), *([below] if below else [])])
+    parts = [f"{comment}{_caption(frame, config)}\n", *(render(part, config.format) for part in (table, *more))]
+    return "\n".join([*parts, *([below] if below else [])])
 
 
 def _agreement(

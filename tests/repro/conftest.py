@@ -98,8 +98,9 @@ def write_records(tmp_path: Path):
             record = {
                 "schema": 2, "experiment": "fake", "cell": cell, "execution_fields": ["output_dir", "device"],
                 "protocol": protocol, "selection": "last epoch", "metrics": metrics,
-                "seed": seed, "config": {**config, "seed": seed, "output_dir": str(path.parent)}, **(extra or {}),
+                "seed": seed, "config": {**config, "seed": seed, "output_dir": str(path.parent)},
                 "seconds": 1.0, "peak_rss_mb": 1.0, "command": "python", "environment": {"commit": None},
+                **(extra or {}),
             }  # fmt: skip
             path.write_text(json.dumps(record, indent=1))
         return str(tmp_path / folder)

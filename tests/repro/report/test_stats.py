@@ -122,3 +122,39 @@ def test_ninety_five_of_a_hundred_repetitions_agree():
         _, half = agreement(Summary(a.mean(), a.std(ddof=1), 5), Summary(b.mean()))
         inside += abs(a.mean() - b.mean()) <= half
     assert 0.93 < inside / 2000 < 0.97
+
+
+# -- over many tasks -------------------------------------------------------------------------------------------------
+
+
+def test_probability_of_improvement_is_u_over_the_pairs_mean_over_tasks():
+    a, b = [[0.1, 0.5, 0.5], [0.9, 0.8]], [[0.5, 0.2], [0.1, 0.2, 0.3]]
+    u = [scipy_stats.mannwhitneyu(x, y).statistic / (len(x) * len(y)) for x, y in zip(a, b, strict=True)]
+    found = stats.probability_of_improvement(a, b)
+    assert found.value == pytest.approx(np.mean(u)) == pytest.approx((3 / 6 + 1) / 2)  # 2 pairs above, 2 ties
+    assert found.low <= found.value <= found.high
+    assert stats.probability_of_improvement(b, a).value == pytest.approx(1 - found.value)
+    assert stats.probability_of_improvement(a, a).value == 0.5
+    with pytest.raises(ValueError, match="2 tasks against 1"):
+        stats.probability_of_improvement(a, b[:1])
+
+
+def test_the_interquartile_mean_is_that_of_the_middle_half():
+    tasks = [[0.0, 1.0, 2.0, 100.0], [3.0, 4.0, 5.0, -100.0]]  # eight runs: -100, 0 and 5, 100 are left out
+    found = stats.interquartile_mean(tasks)
+    assert found.value == pytest.approx(np.mean([1, 2, 3, 4]))
+    assert found == stats.interquartile_mean(tasks)  # the same draws each time
+
+
+def test_the_bootstrap_draws_runs_within_tasks():
+    """Tasks without spread have no interval, however far apart: runs do not move between tasks."""
+    assert stats.interquartile_mean([[0.1] * 3, [0.9] * 3]) == pytest.approx((0.5, 0.5, 0.5))
+    a = RNG.normal(0.5, 0.1, 40)
+    low, high = stats.interquartile_mean([a, a + 1])[1:]
+    own = [scipy_stats.trim_mean(np.concatenate([RNG.choice(a, 40), RNG.choice(a + 1, 40)]), 0.25) for _ in range(4000)]
+    assert (low, high) == pytest.approx(np.quantile(own, [0.025, 0.975]), abs=0.03)
+
+
+def test_a_single_run_has_no_interval():
+    found = stats.probability_of_improvement([[0.5]], [[0.2, 0.3]])
+    assert found.value == 1 and math.isnan(found.low) and math.isnan(found.high)

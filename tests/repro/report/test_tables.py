@@ -441,3 +441,88 @@ def test_equivalence_within_a_margin(paired, table):
 def test_what_cannot_be_compared_is_refused(paired, table, flags, told):
     with pytest.raises(UserError, match=told):
         table(paired[0], "--columns", "depth", *flags, rows="data,method")
+
+
+# -- rivals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rivals(write_records):
+    """Vanilla and GCNII, tuned, at two depths; their trials, and an untuned vanilla."""
+    random = np.random.default_rng(1)
+
+    def write(method, depth, mean, macs, **more):
+        values = random.normal(mean, 0.01, 6)
+        base = {"data": "cora", "depth": depth, "nlayer": depth, "method": method, "tuning_trials": 8, **more}
+        for seed, value in enumerate(values):  # half of the runs take a second more
+            flags = f"--nlayer {depth} --lr {base['lr']} --no_fea_norm --tuning_trials 8 --seed {seed}"
+            extra = {"experiment": "gnn", "parameters": 1234, "multiply_adds": macs[seed % 2], "command": f"m {flags}"}
+            folder = write_records([value], seeds=[seed], extra=extra, fea_norm=False, **base)
+        return folder, values
+
+    numbers = {}
+    for depth, means in {2: (0.8, 0.8), 16: (0.2, 0.8)}.items():
+        for (method, order), mean in zip({"vanilla": [0], "GCNII alpha=0.1": [8]}.items(), means, strict=True):
+            more = {"lr": 0.01 * depth, "order": order, "family": method.split(" ")[0], "hid": 32, "epochs": 200}
+            folder, numbers[method.split(" ")[0], depth] = write(method, depth, mean, (2e6, 3e6), **more)
+    write_records([0.1], data="cora", depth=2, method="vanilla", lr=0.5, seeds=[100], tuning_trials=None, order=[0])
+    return folder, numbers
+
+
+def test_rivals_in_one_table(rivals, table):
+    folder, numbers = rivals
+    text = table(folder, "--preset", "rivals", rows=None)
+    cells, overall, costs = _parts(text)
+    assert [row[1] for row in cells] == ["vanilla", "GCNII"]
+    p = {d: stats.ttest_rel(numbers["GCNII", d], numbers["vanilla", d]).pvalue for d in (2, 16)}
+    rank = {d: stats.wilcoxon(numbers["GCNII", d], numbers["vanilla", d]).pvalue for d in (2, 16)}
+    assert cells[1][3].endswith(f"p {2 * p[16]:.2g} / {2 * rank[16]:.2g}")  # Holm, of each
+    assert "paired t-test" in text and "Wilcoxon's signed ranks, each Holm-corrected" in text
+    assert "settings of all rows chosen among 8 on validation" in text and "24 runs, seeds 0, 1, 2, 3, 4, 5" in text
+    u = [stats.mannwhitneyu(numbers["GCNII", d], numbers["vanilla", d]).statistic / 36 for d in (2, 16)]
+    pooled = np.concatenate([numbers["GCNII", 2], numbers["GCNII", 16]])
+    assert [row[0] for row in overall] == ["vanilla", "GCNII"] and overall[0][3] == ""
+    assert overall[1][2].startswith(f"{100 * stats.trim_mean(pooled, 0.25):.2f} [")
+    assert overall[1][3].startswith(f"{np.mean(u):.2f} [")
+    assert costs[3] == ["cora", "GCNII", "16", "1,234", "2.5 M (2.0 M to 3.0 M)", "1.0", "8", "lr=0.16"]
+    assert "GCNII: its authors train 64 columns" in text and "here 32 columns, 200 epochs" in text
+    assert text.count("chennnM/GCNII@ca91f56") == 1
+
+
+def _parts(text):
+    """The Markdown tables of a text, each a list of rows of cells, without the head."""
+    found = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    return [[[c.strip() for c in line.split("|")[1:-1]] for line in part.splitlines()[2:]] for part in found]
+
+
+def test_each_part_of_the_rivals_table_has_its_switch(rivals, table):
+    folder, _ = rivals
+    text = table(folder, "--preset", "rivals", "--no_costs", "--no_overall", "--test", "t", rows=None)
+    assert text.count("\n\n|") == 1 and "Wilcoxon" not in text and "IQM" not in text and "Costs" not in text
+    text = table(folder, "--tuned", "--costs", "--overall", "--columns", "depth", rows="family")
+    assert "IQM" in text and "P(>" not in text and "multiply-adds" in text
+    with pytest.raises(UserError, match="mixes"):
+        table(folder, "--columns", "depth", rows="family")
+
+
+def test_tuned_leaves_nothing_where_nothing_is(write_records, table):
+    folder = write_records([0.5, 0.6], data="cora", lr=1)
+    with pytest.raises(UserError, match="--tuned: no record holds settings that repro.tune has chosen"):
+        table(folder, "--tuned")
+
+
+def test_no_published_number_stands_beside_tuned_rows(write_records, table):
+    row = {"data": "cora", "depth": 2, "method": "vanilla", "order": [0], "protocol": "reference", **GNN}
+    folder = write_records([0.81, 0.82], **row)
+    assert "published" in table(folder, "--preset", "table3", rows=None)
+    folder = write_records([0.81, 0.82], folder="tuned", tuning_trials=8, **row)
+    assert "published" not in table(folder, "--preset", "table3", rows=None)
+
+
+def test_rows_of_different_tuning_budget_are_not_compared(write_records, table):
+    for method, order, trials in (("vanilla", [0], 8), ("GCNII", [8], 8), ("G2", [9], 16)):
+        folder = write_records([0.5, 0.6, 0.8], data="cora", method=method, order=order, tuning_trials=trials)
+    text = table(folder, "--against", "vanilla", rows="data,method")
+    lines = {row["method"]: row["mean ± std (n)"] for row in cells_of(text)}
+    assert ", p" in lines["GCNII"] and ", p" not in lines["G2"]
+    assert "chosen among 8 or 16" in text
