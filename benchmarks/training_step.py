@@ -34,6 +34,7 @@ from ViT_imagenet.attention import apply_variant
 
 Models = dict[str, tuple[nn.Module, Callable[[nn.Module], Tensor]]]  # variant -> the model, and its loss on one batch
 MODELS = ("gcn", "bert", "deit")
+IMAGE = 224  # side of DeiT's images in pixels
 VARIANTS = ("attn_scale", "feat_scale", "layer_scale", "gfsa", "neutreno", "resformer", "patch_diversity")
 
 
@@ -70,7 +71,7 @@ def training_step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor], dtyp
 
 def deit(batch: int) -> Models:
     """DeiT-tiny at 224 x 224, 12 layers, every norm."""
-    images, labels = torch.randn(batch, 3, 224, 224, device=DEVICE), torch.randint(0, 100, (batch,), device=DEVICE)
+    images, labels = torch.randn(batch, 3, IMAGE, IMAGE, device=DEVICE), torch.randint(0, 100, (batch,), device=DEVICE)
 
     def loss_of(model: nn.Module) -> Tensor:
         return nn.functional.cross_entropy(model(images), labels)
@@ -156,7 +157,7 @@ def measure_variants(dtype: torch.dtype, config: Config) -> Rows:
     built = variants(config.batch)
     steps = {label: training_step(model, loss_of, dtype) for label, (model, loss_of) in built.items()}
     times = alternate_ms(steps, rounds=config.rounds)
-    image = torch.zeros(1, 3, 224, 224, device=DEVICE)
+    image = torch.zeros(1, 3, IMAGE, IMAGE, device=DEVICE)
     rows = []
     for label, (model, _) in built.items():
         size = sum(p.numel() for p in model.parameters())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import timm
 import torch
 
-from benchmarks import common, flags, layer, table
+from benchmarks import common, flags, layer, table, training_step
 from benchmarks.approximations import nystrom, random_features
 from contranorm import contra_norm
 from repro.errors import UserError
@@ -111,3 +112,22 @@ def test_flags_are_compared_with_the_runs_that_have_none():
     assert float(lines[3]["p (Welch)"]) < 0.01 and lines[1]["p (Welch)"] == "1"
     with pytest.raises(UserError, match="every speed flag off"):
         flags.compare(same)
+
+
+def test_variants_are_measured_beside_vanilla(monkeypatch, tmp_path):
+    monkeypatch.setattr(training_step, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(training_step, "IMAGE", 32)
+    create = timm.create_model
+    monkeypatch.setattr(training_step.timm, "create_model", lambda name, **settings: create(
+        name, **settings, depth=2, embed_dim=12, img_size=32))  # fmt: skip
+    path = tmp_path / "variants.json"
+    training_step.main(["--only", "variants", "--batch", "2", "--rounds", "1", "--json", str(path)])
+    content = json.loads(path.read_text())
+    rows = {row["variant"]: row for row in content["rows"]}
+    assert list(rows) == ["vanilla", "contranorm", *training_step.VARIANTS]
+    plain = rows["vanilla"]
+    assert rows["attn_scale"]["parameters"] - plain["parameters"] == 2 * 3  # one per head
+    assert rows["feat_scale"]["parameters"] - plain["parameters"] == 2 * 2 * 12
+    assert rows["neutreno"]["parameters"] == plain["parameters"]
+    assert rows["gfsa"]["GMAC an image"] > plain["GMAC an image"] == rows["attn_scale"]["GMAC an image"]
+    assert {goal["target"] for goal in content["goals"]} == {"≤ 1.05", "≤ 1.15"} and len(content["goals"]) == 5

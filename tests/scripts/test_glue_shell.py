@@ -95,6 +95,18 @@ def test_contranorms_own_flags_stay_off_the_vanilla_line(shell: Any, monkeypatch
     ]
 
 
+def test_variants(shell: Any, monkeypatch: Any, root: Path) -> None:
+    variants = "none attn_scale gfsa neutreno resformer contranorm contranorm+gfsa"
+    flags = {"CONTRANORM_FLAGS": "--include_padding", "VARIANTS": variants, "SCALES": "vanilla 0.1", "TASKS": "rte"}
+    _, lines = shell("BERT_glue/run_different_baselines.sh", **flags)
+    monkeypatch.chdir(root)
+    configs = [parse([*shlex.split(line)[3:], "--output_dir", "x"]) for line in lines]
+    assert [config.label().method for config in configs] == [
+        "vanilla", "AttnScale", "GFSA", "NeuTRENO", "ResFormer", "ContraNorm s=0.1", "ContraNorm s=0.1 + GFSA"
+    ]  # fmt: skip
+    assert [config.include_padding for config in configs] == [False] * 5 + [True] * 2
+
+
 def test_table_1_runs_both_sweeps_then_the_table(shell: Any, tmp_path: Path) -> None:
     results = tmp_path / "somewhere" / "runs"
     results.mkdir(parents=True)

@@ -61,6 +61,19 @@ def test_baselines(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert call.endswith("--cluster local --records done.jsonl")
 
 
+RIVALS = "attn_scale feat_scale layer_scale gfsa neutreno resformer patch_diversity"
+
+
+def test_variants(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "ViT_imagenet/run_different_baselines.sh"
+    variants = f"none {RIVALS} contranorm contranorm+gfsa"
+    _, lines = hear(script, DEPTHS="12", SCALES="vanilla 0.1 0.2", SEEDS="0 1", VARIANTS=variants)
+    methods = [parse(words, root, monkeypatch).label().method for words in lines]
+    both = ["ContraNorm s=0.1", "ContraNorm s=0.2", "ContraNorm s=0.1 + GFSA", "ContraNorm s=0.2 + GFSA"]
+    alone = ["AttnScale", "FeatScale", "LayerScale", "GFSA", "NeuTRENO", "ResFormer", "patch diversity"]
+    assert methods[::2] == methods[1::2] == ["vanilla", *alone, *both]  # vanilla once, though SCALES has it too
+
+
 def test_table2(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = "scripts/reproduce_table2.sh"
     calls, lines = hear(
@@ -107,7 +120,9 @@ def test_every_line_of_every_script_trains(
     _, lines = hear("scripts/reproduce_table2.sh", **everything, CONFIGS=configs)
     _, more = hear("ViT_imagenet/run_different_baselines.sh", **everything, CONFIG="tiny_imagenet100_cpu")
     lines += more
-    assert len(lines) == 8
+    _, more = hear("ViT_imagenet/run_different_baselines.sh", **everything, CONFIG="cifar10_cpu", VARIANTS=RIVALS)
+    lines += more
+    assert len(lines) == 8 + 7
     monkeypatch.chdir(root)
     for number, words in enumerate(lines):
         AcceleratorState._reset_state(reset_partial_state=True)  # of the line before: one precision per process

@@ -152,3 +152,16 @@ def test_a_figure_takes_the_page_s_colours():
         'style="stroke: currentColor; fill: var(--paper)"/></g></svg>'
     )
     assert Path(page.__file__).with_name("page.html").is_file()
+
+
+def test_notes_and_budgets(results, write_records):
+    """A method's footnote stands by its table, and a run of another length is not compared with vanilla."""
+    for method, epochs, note in (("vanilla", 300, ""), ("GFSA", 500, "GFSA: as run <here>"), ("AttnScale", 300, "")):
+        write_records([0.7, 0.72], folder="results/vit", data="IMNET100", method=method, depth=24, epochs=epochs,
+                      order=[len(method)], note=note, extra={"experiment": "ViT_imagenet"})  # fmt: skip
+    text, index = built(results)
+    (table,) = [table for table in index["tables"] if table["name"] == "vit"]
+    assert table["notes"] == ["GFSA: as run <here>"] and "<p>GFSA: as run &lt;here&gt;</p>" in text
+    compared = {row["label"]: "against" in cell for row in table["rows"] for cell in row["cells"] if cell}
+    assert compared == {"vanilla": False, "GFSA": False, "AttnScale": True}
+    assert all("notes" not in other for other in index["tables"] if other is not table)

@@ -526,3 +526,32 @@ def test_rows_of_different_tuning_budget_are_not_compared(write_records, table):
     lines = {row["method"]: row["mean ± std (n)"] for row in cells_of(text)}
     assert ", p" in lines["GCNII"] and ", p" not in lines["G2"]
     assert "chosen among 8 or 16" in text
+
+
+DEIT = {"data": "IMNET100", "model": "deit_tiny_patch16_224", "depth": 24, "extra": {"experiment": "ViT_imagenet"}}
+
+
+def test_runs_of_300_and_500_epochs_are_never_compared(write_records, table):
+    for epochs in (300, 500):
+        folder = write_records([0.75, 0.76], method="vanilla", order=[0], epochs=epochs, **DEIT)
+    write_records([0.80, 0.82], method="GFSA", order=[2, 4], epochs=500, note="GFSA: as run here", **DEIT)
+    text = table(folder, "--preset", "table2", "--against", "vanilla", rows=None)
+    rows = {(row["epochs"], row["method"]): row["depth 24"] for row in cells_of(text)}
+    assert list(rows) == [("300", "vanilla"), ("500", "vanilla"), ("500", "GFSA")]
+    assert "+5.50" in rows["500", "GFSA"]
+    assert text.count("76.76") == 2  # beside the 300 epochs: the authors and the re-run of vanilla
+    assert "78.64" not in text  # GFSA's number is of 300 epochs
+    assert "- GFSA: as run here.\n" in text
+    alone = write_records([0.80, 0.82], folder="alone", method="GFSA", order=[2, 4], epochs=500, **DEIT)
+    write_records([0.75, 0.76], folder="alone", method="vanilla", order=[0], epochs=300, **DEIT)
+    with pytest.raises(UserError, match="no other row has a cell in common with it"):
+        table(alone, "--columns", "depth", "--against", "vanilla", rows="data,method")
+    write_records([0.78, 0.79], folder="alone", method="GFSA", order=[2, 4], epochs=300, **DEIT)
+    assert "78.64" in table(alone, "--preset", "table2", rows=None)
+
+
+def test_records_from_before_the_variants_share_a_cell_with_new_ones(write_records, table):
+    old = write_records([0.75], method="vanilla", order=[0], epochs=300, **DEIT)
+    new = {"variant": None, "gfsa_order": None, "layer_scale_init": None}
+    write_records([0.77], method="vanilla", order=[0], epochs=300, seeds=[1], note="", **new, **DEIT)
+    assert "76.00 ± 1.41 (2)" in table(old, "--preset", "table2", rows=None)
