@@ -54,7 +54,7 @@ class VariantAttention(Attention):
         """A as timm computes it: by the fused kernel, or formed once, which lets a probe see it."""
         dropout = self.attn_drop.p if self.training else 0.0
         if self.fused_attn and not dropout:
-            return forms.attention(q, k)
+            return forms.FusedAttention(q, k)
         weights = self.attn_drop(((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1))  # (B, H, N, N)
         return lambda values: weights @ values
 

@@ -12,7 +12,7 @@ mask is bool (B, N), True for real tokens: padding enters neither a real token's
 | `resformer` | A (β v₀ + (1-β) v) | nothing | β = 0 |
 
 None of them needs A itself, only products A·values: scaled_dot_product_attention computes those, and no N x N matrix
-is stored. A backend of one's own goes in as `attend`.
+is stored (on a CPU, a kernel of our own forms A once for both of GFSA's). Another backend goes in as `attend`.
 
 All means are over all tokens of a sequence: in a decoder they would read the future.
 """
@@ -51,17 +51,6 @@ class FusedAttention:
         return F.scaled_dot_product_attention(self.q, self.k, values, attn_mask=self.mask)
 
 
-def attention(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Operator:
-    """A = softmax(q kᵀ/√d) as an operator on values, see `FusedAttention`.
-
-    Args:
-        q: queries, (B, H, N, d).
-        k: keys, (B, H, N, d).
-        mask: bool (B, N), True for real tokens; no token attends to the others.
-    """
-    return FusedAttention(q, k, mask)
-
-
 def token_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over the real tokens: x (B, N, D) or (B, H, N, d) → (B, 1, D) or (B, H, 1, d)."""
     if mask is None:
@@ -72,7 +61,7 @@ def token_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def attn_scale(
-    q: Tensor, k: Tensor, v: Tensor, lamb: Tensor, mask: Tensor | None = None, *, attend: Attend = attention
+    q: Tensor, k: Tensor, v: Tensor, lamb: Tensor, mask: Tensor | None = None, *, attend: Attend = FusedAttention
 ) -> Tensor:
     """AttnScale: the part of attention that is no average, made stronger.
 
@@ -125,7 +114,7 @@ def gfsa(
     order: int = 4,
     w0: float = 0.0,
     w1: float = 1.0,
-    attend: Attend = attention,
+    attend: Attend = FusedAttention,
 ) -> Tensor:
     """Graph-filter self-attention: a polynomial of A, whose highest power is estimated from A and A².
 
@@ -164,7 +153,14 @@ def gfsa(
 
 
 def neutreno(
-    q: Tensor, k: Tensor, v: Tensor, v0: Tensor, lamb: float, mask: Tensor | None = None, *, attend: Attend = attention
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    v0: Tensor,
+    lamb: float,
+    mask: Tensor | None = None,
+    *,
+    attend: Attend = FusedAttention,
 ) -> Tensor:
     """NeuTRENO: the first layer's values hold on to every later layer's output, y + λ (v₀ - v).
 
@@ -192,7 +188,7 @@ def resformer(
     share: float = 0.5,
     mask: Tensor | None = None,
     *,
-    attend: Attend = attention,
+    attend: Attend = FusedAttention,
 ) -> Tensor:
     """ResFormer: attention over a mixture of the first layer's values and the own ones, A (β v₀ + (1-β) v).
 

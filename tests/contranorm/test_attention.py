@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contranorm.attention import attention, attn_scale, feat_scale, gfsa, neutreno, resformer
+from contranorm.attention import FusedAttention, attn_scale, feat_scale, gfsa, neutreno, resformer
 from contranorm.kernels import twice
 
 N, D = 5, 4
@@ -58,10 +58,10 @@ FORMS = ("attn_scale", "gfsa", "neutreno", "resformer")
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
-        (attention(Q, K), 0.620548292),
+        (FusedAttention(Q, K), 0.620548292),
         (lambda v: attn_scale(Q, K, v, number(0.3)), 0.787183924),
-        (lambda v: feat_scale(attention(Q, K)(v)[0], number(0.2), number(0.4))[None], 0.853074754),
-        (lambda v: feat_scale(attention(Q, K)(v)[0], number(0.2), number(0.4), doubled=True)[None], 1.085601217),
+        (lambda v: feat_scale(FusedAttention(Q, K)(v)[0], number(0.2), number(0.4))[None], 0.853074754),
+        (lambda v: feat_scale(FusedAttention(Q, K)(v)[0], number(0.2), number(0.4), doubled=True)[None], 1.085601217),
         (lambda v: gfsa(Q, K, v, number(0.3), order=4), 0.568646601),
         (lambda v: neutreno(Q, K, v, V0, 0.6), 0.159641841),
         (lambda v: resformer(Q, K, v, V0), 0.453890260),
@@ -165,12 +165,12 @@ def test_the_vanilla_setting_is_attention_bit_for_bit(masked: bool) -> None:
     zeros = torch.zeros(3, dtype=torch.float64)
     mask = torch.tensor([[True] * 3 + [False] * 2, [True] * N]) if masked else None
     settings: list[Callable[..., Tensor]] = [
-        lambda q, k, v, v0: attention(q, k, mask)(v),
+        lambda q, k, v, v0: FusedAttention(q, k, mask)(v),
         lambda q, k, v, v0: attn_scale(q, k, v, zeros, mask),
         lambda q, k, v, v0: gfsa(q, k, v, zeros, mask),
         lambda q, k, v, v0: neutreno(q, k, v, v0, 0.0, mask),
         lambda q, k, v, v0: resformer(q, k, v, v0, 0.0, mask),
-        lambda q, k, v, v0: feat_scale(attention(q, k, mask)(v), torch.zeros(D).double(), torch.zeros(D).double()),
+        lambda q, k, v, v0: feat_scale(FusedAttention(q, k, mask)(v), torch.zeros(D).double(), torch.zeros(D).double()),
     ]
     results = []
     for setting in settings:
