@@ -61,9 +61,10 @@ def test_a_run_from_start_to_record(config, capsys):
     assert lines(config) == [{"epoch": 1, "loss": 0.25, "many": [0, 1], "nan": "nan"}]
     assert json.loads((folder / "record.json").read_text()) == record
     assert record["metrics"] == {"accuracy": 0.5, "loss": "inf", "nan": "nan"}
-    places = {"output_dir": config.output_dir, "data_root": "data", "report_to": "none"}
+    places = {"output_dir": config.output_dir, "data_root": "data", "report_to": "none", "tuning_trials": None}
     assert record["config"] == places | {"seed": 0, "rate": 0.5}
     cell = {"data": "d", "model": "m", "method": "vanilla", "order": [0], "depth": 2, "scale": None}
+    cell |= {"family": None, "note": ""}
     assert record["cell"] == cell and record["execution_fields"] == ["output_dir", "data_root", "report_to"]
     assert record["seed"] == 0 and record["seconds"] >= 0 and record["peak_rss_mb"] > 10
     assert record["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
