@@ -9,6 +9,7 @@ ratio is that of a layer. bfloat16 is measured where the machine multiplies it i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from unittest import mock
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import timer
 from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -153,10 +155,13 @@ def measure(name: str, dtype: torch.dtype, config: Config) -> Rows:
 
 
 def measure_variants(dtype: torch.dtype, config: Config) -> Rows:
-    """Vanilla and its rivals side by side, with parameters and the multiply-adds of one image."""
+    """Vanilla and its rivals side by side, with parameters and the multiply-adds of one image.
+
+    The limits are a few per cent: on a CPU, time is that of this process, which other programs disturb less.
+    """
     built = variants(config.batch)
     steps = {label: training_step(model, loss_of, dtype) for label, (model, loss_of) in built.items()}
-    times = alternate_ms(steps, rounds=config.rounds)
+    times = alternate_ms(steps, rounds=config.rounds, clock=timer if DEVICE == "cuda" else time.process_time)
     image = torch.zeros(1, 3, IMAGE, IMAGE, device=DEVICE)
     rows = []
     for label, (model, _) in built.items():
