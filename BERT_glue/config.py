@@ -16,6 +16,7 @@ from contranorm.options import ContraNormOptions
 from contranorm.variants import VariantOptions
 from repro.config import CellLabel, RunConfig, load_yaml, parse_config
 from repro.errors import UserError
+from repro.holdout import check_hold_out
 
 PROG = "python -m BERT_glue.main"
 PAPERS_SITE = "attention_sum"
@@ -53,6 +54,9 @@ class Config(ContraNormOptions, VariantOptions, RunConfig):
     left out of its attention and its means."""
     include_padding: bool = False
     """Let padding tokens take part in A, as in the released code; logits then depend on a batch's padding."""
+    hold_out: float | None = None
+    """Share of a task's training set, the same for every seed, that is not trained on and evaluated in place of the
+    validation set, which tables report: to choose settings by (repro.tune). Unset: none."""
     num_hidden_layers: int | None = None
     """Use fewer layers than the checkpoint has (ALBERT, which shares its layers: also more)."""
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
@@ -134,6 +138,9 @@ class Config(ContraNormOptions, VariantOptions, RunConfig):
             raise ValueError(f"--scale must be > 0, got {self.scale} (for the vanilla model give --pos 0)")
         self.check_switches()
         self.check_variant()
+        check_hold_out(self.hold_out)
+        if self.hold_out is not None and (self.task_name is None or self.num_train_epochs == 0):
+            raise ValueError("--hold_out takes a part of a --task_name's training set, and trains on the rest")
         if self.task_name is not None:
             self.task_name = self.task_name.lower()
             if self.task_name not in TASKS:
@@ -190,6 +197,7 @@ class Config(ContraNormOptions, VariantOptions, RunConfig):
     def protocol(self) -> str:
         """How the numbers are measured; runs cut short or on own files never share a table's cell with full ones."""
         where = "GLUE validation set" if self.task_name else f"own validation file {self.validation_file}"
+        where = where if self.hold_out is None else f"held-out {self.hold_out:g} of GLUE train"
         return where if self.max_train_steps is None else f"{where}, {self.max_train_steps} steps"
 
     def sites_in(self, architecture: str) -> list[str]:
@@ -211,7 +219,9 @@ class Config(ContraNormOptions, VariantOptions, RunConfig):
         place = (self.scale or 0, *(list(SITES).index(site) for site in sites), *[1] * self.include_padding)
         method, order = self.method(self.step_name() + where if sites else "", *place)
         note = self.variant_note()
-        return CellLabel(self.task, self.model, method, order, self.num_hidden_layers, self.scale, note=note)
+        return CellLabel(
+            self.task, self.model, method, order, self.num_hidden_layers, self.scale, self.family(method), note
+        )
 
 
 def parse(argv: Sequence[str]) -> Config:

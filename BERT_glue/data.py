@@ -19,6 +19,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from BERT_glue.config import Config
 from BERT_glue.tasks import TASKS, Task
 from repro.errors import UserError
+from repro.holdout import split_off
 
 TEXT = ("string", "large_string")
 
@@ -39,7 +40,11 @@ def load_splits(config: Config) -> Splits:
         return _own_splits(config)
     task = TASKS[config.task_name]
     train = _glue_split(config, "train", task) if config.num_train_epochs > 0 else None
-    validation = {suffix: _glue_split(config, split, task) for suffix, split in task.validation.items()}
+    if train is not None and config.hold_out is not None:
+        train, held = (train.select(part) for part in split_off(len(train), config.hold_out))
+        validation = {"": held}
+    else:
+        validation = {suffix: _glue_split(config, split, task) for suffix, split in task.validation.items()}
     test = {}
     if config.do_predict:
         test = {file: _glue_split(config, split, task, labelled=False) for split, file in task.server_files.items()}

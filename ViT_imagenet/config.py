@@ -10,6 +10,7 @@ from contranorm.options import ContraNormOptions
 from contranorm.variants import VariantOptions, argument
 from repro.config import CellLabel, RunConfig
 from repro.errors import UserError
+from repro.holdout import check_hold_out
 
 FUSED_OPTIMIZERS = ("adam", "adamw", "sgd")
 
@@ -70,6 +71,9 @@ class Config(ContraNormOptions, VariantOptions, RunConfig):
     """Train on this many images, drawn once, the same for every seed."""
     max_test_samples: int | None = None
     """Evaluate on this many images, drawn once. The record's protocol says so."""
+    hold_out: float | None = None
+    """Share of the training images, the same for every seed, that is not trained on and evaluated in place of the test
+    images, as validation: to choose settings by (repro.tune). Unset: none."""
     cache: bool = False
     """Decode every image once and keep the pixels: for data sets of small images of one size that fit in memory."""
     num_workers: int = 10
@@ -210,6 +214,7 @@ class Config(ContraNormOptions, VariantOptions, RunConfig):
                 raise ValueError(f"--norm vanilla has no ContraNorm, so --{given[0]} has no meaning: drop one of them")
             self.last_norm = "vanilla"
         self.check_variant()
+        check_hold_out(self.hold_out)
         if self.grad_checkpointing and self.variant in ("neutreno", "resformer", "patch_diversity"):
             raise ValueError(
                 f"--grad_checkpointing computes each block alone, but --variant {self.variant} takes the first block's "
@@ -272,7 +277,7 @@ class Config(ContraNormOptions, VariantOptions, RunConfig):
         """Data set, model and depth; vanilla, ContraNorm with its step, the variant, or both of these."""
         method, order = self.method(self.step_name() if self.norm == "contra" else "", self.scale or 0)
         note = self.variant_note(f"{self.epochs} epochs")
-        return CellLabel(self.data_set, self.model, method, order, self.depth, self.scale, note=note)
+        return CellLabel(self.data_set, self.model, method, order, self.depth, self.scale, self.family(method), note)
 
     @property
     def mixes(self) -> bool:

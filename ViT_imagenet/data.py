@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from repro.errors import UserError
+from repro.holdout import split_off
 from ViT_imagenet.config import Config
 
 # Folder of each data set below --data_root; the first that exists is taken.
@@ -31,6 +32,7 @@ PLACES = {
     "FOLDER": (),
 }
 EVALUATION_SPLITS = ("val", "validation", "test")
+HELD_OUT = "held-out"  # the evaluation split of --hold_out
 # ImageNet-100 as in "Contrastive Multiview Coding" (Tian, Krishnan, Isola): imagenet100.txt of HobbitLong/CMC.
 # ContraNorm's authors use the same classes in PKU-ML/Message-Passing-Contrastive-Learning.
 IMAGENET100 = Path(__file__).with_name("imagenet100_classes.txt")
@@ -153,10 +155,14 @@ def load_data(config: Config) -> ImageData:
         )
     if name == "IMNET100" and len(train.classes) != 100:
         raise UserError(f"{folder} has {len(train.classes)} classes, IMNET100 has 100: give another --data-path")
-    halves = [_limit(train, config.max_train_samples), _limit(test, config.max_test_samples)]
+    classes, train = train.classes, _limit(train, config.max_train_samples)
+    if config.hold_out is not None:
+        test_split = HELD_OUT
+        train, test = (Subset(train, part) for part in split_off(len(train), config.hold_out))  # type: ignore[arg-type]
+    halves = [train, _limit(test, config.max_test_samples)]
     if config.cache:
         halves = [Cached(half) for half in halves]
-    return ImageData(*halves, train.classes, name, test_split)
+    return ImageData(*halves, classes, name, test_split)
 
 
 def _folder(config: Config, name: str) -> Path:

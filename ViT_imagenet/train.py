@@ -62,6 +62,11 @@ class EvaluationSetup:
         model: nn.Module = self.accelerator.unwrap_model(self.model)
         return model
 
+    @property
+    def accuracy(self) -> str:
+        """The metric of the evaluation images, those of the test set unless --hold_out puts others in their place."""
+        return "test_accuracy" if self.config.hold_out is None else "validation_accuracy"
+
 
 @dataclass(kw_only=True)
 class TrainingSetup(EvaluationSetup):
@@ -191,7 +196,7 @@ def train(setup: TrainingSetup, run: Run) -> None:
         }
         if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
             metrics = evaluate_with_ema(setup)
-            progress.best = max(progress.best, metrics["test_accuracy"])
+            progress.best = max(progress.best, metrics[setup.accuracy])
             line |= metrics
         run.log(line)
         accelerator.print(", ".join(f"{k} {v:.4g}" for k, v in line.items()))
@@ -311,15 +316,16 @@ def evaluate(setup: EvaluationSetup, model: nn.Module) -> dict[str, float]:
         sums += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, loss.new_tensor(len(labels))])
     correct, top5, loss_sum, images_seen = accelerator.reduce(sums, reduction="sum").tolist()
     count = max(images_seen, 1.0)
-    metrics = {"test_accuracy": correct / count, "test_top5": top5 / count, "test_loss": loss_sum / count}
-    return metrics | {"test_images": int(images_seen)}
+    kind = setup.accuracy.removesuffix("_accuracy")
+    metrics = {setup.accuracy: correct / count, f"{kind}_top5": top5 / count, f"{kind}_loss": loss_sum / count}
+    return metrics | {f"{kind}_images": int(images_seen)}
 
 
 def evaluate_with_ema(setup: TrainingSetup) -> dict[str, float]:
     """Metrics of the weights and, where it is kept, the accuracy of their moving average."""
     metrics = evaluate(setup, setup.plain_model)
     if setup.ema is not None:
-        metrics["test_accuracy_ema"] = evaluate(setup, setup.ema.module)["test_accuracy"]
+        metrics[f"{setup.accuracy}_ema"] = evaluate(setup, setup.ema.module)[setup.accuracy]
     return metrics
 
 
@@ -327,7 +333,7 @@ def evaluate_only(setup: EvaluationSetup, run: Run) -> None:
     """`--eval`: one pass over the evaluation images, and a record."""
     setup.accelerator.print(factory.describe_norms(setup.model))
     metrics = evaluate(setup, setup.model)
-    setup.accelerator.print(f"test accuracy {metrics['test_accuracy']:.4f} over {metrics['test_images']} images")
+    setup.accelerator.print(f"{setup.accuracy} {metrics[setup.accuracy]:.4f} over {len(setup.data.test):,} images")
     run.finish(metrics, protocol=protocol(setup), selection="the weights given", bad_images=bad_image_names(setup))
 
 
@@ -369,7 +375,7 @@ def finish(
         if setup.ema is not None:
             write_atomic(run.folder / "model_ema.safetensors", weights(setup.ema.module))
     run.finish(
-        metrics | {"best_epoch_test_accuracy": progress.best},
+        metrics | {f"best_epoch_{setup.accuracy}": progress.best},
         protocol=protocol(setup),
         selection="last epoch",
         images_per_second=progress.images_per_second,
@@ -383,14 +389,15 @@ def finish(
         **measured,
         **{f"{name}_untrained": values for name, values in untrained.items()},
     )
-    setup.accelerator.print(f"test accuracy {metrics['test_accuracy']:.4f}; {run.folder / 'record.json'}")
+    setup.accelerator.print(f"{setup.accuracy} {metrics[setup.accuracy]:.4f}; {run.folder / 'record.json'}")
 
 
 def protocol(setup: EvaluationSetup) -> str:
     """How the accuracy was measured; a table never mixes two."""
     data = setup.data
     part = "" if setup.config.max_test_samples is None else f", {len(data.test)} of its images"
-    return f"{data.name} {data.test_split} split{part}, top-1, centre crop"
+    share = "" if setup.config.hold_out is None else f" {setup.config.hold_out:g} of train"
+    return f"{data.name} {data.test_split}{share or ' split'}{part}, top-1, centre crop"
 
 
 def parameters(setup: EvaluationSetup) -> int:

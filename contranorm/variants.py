@@ -101,6 +101,14 @@ class VariantOptions:
         here = [*own, *more]
         return f"{self.variant_name()}: {VARIANTS[self.variant][1]}" + (f"; here {', '.join(here)}" if here else "")
 
+    def family(self, method: str) -> str | None:
+        """What tables call the runs of a method at all its settings; None where that only takes ContraNorm's scale."""
+        if self.variant is None:
+            return None
+        scale = getattr(self, "scale", None)
+        name = method.replace(self.variant_name(), VARIANTS[self.variant][0])
+        return name if scale is None else name.replace(f" s={scale:g}", "")
+
     def method(self, step: str, *order: float) -> tuple[str, tuple[float, ...]]:
         """What tables call a run, and its place there: vanilla, ContraNorm's steps, variants, and both together.
 

@@ -6,8 +6,9 @@
 
 One quasi-random list of `--trials` points (scrambled Halton, scipy) serves every method, data set and depth: its first
 coordinates are the settings that all methods share, the others a method's own, or those that are left to tune where it
-has none. Trials run on seeds of their own; the point of the highest mean of the validation metric is chosen, the first
-of several. Test numbers are not looked at.
+has none. Trials run on seeds of their own, with the space's `trial_flags`, say `--hold_out 0.1` where a data set has no
+validation set of its own; the point of the highest mean of the validation metric is chosen, the first of several. Test
+numbers are not looked at.
 """  # noqa: D301
 
 from __future__ import annotations
@@ -74,12 +75,14 @@ class Config:
 class Range:
     """Where a setting is searched."""
 
-    scale: str  # "linear" or "log"
+    scale: str  # "linear", "log" or "integer"
     low: float
     high: float
 
     def at(self, u: float) -> float:
         """The value at 0 ≤ u < 1, in three digits."""
+        if self.scale == "integer":
+            return math.floor(self.low + (self.high - self.low + 1) * u)
         if self.scale == "log":
             return float(f"{self.low * (self.high / self.low) ** u:.3g}")
         return float(f"{self.low + (self.high - self.low) * u:.3g}")
@@ -105,6 +108,7 @@ class Space:
     command: str  # with {data} and {depth}
     metric: str
     methods: list[Method]
+    trial_flags: str = ""  # of the trials, not of the final runs
 
 
 def load_space(path: Path) -> Space:
@@ -114,8 +118,9 @@ def load_space(path: Path) -> Space:
         UserError: a key is missing or unknown, the metric is one of a test set, or a range is none.
     """
     content = load_yaml(path)
-    if not isinstance(content, dict) or set(content) != {"command", "metric", "search", "methods"}:
-        raise UserError(f"{path}: must hold the keys command, metric, search and methods")
+    needed = {"command", "metric", "search", "methods"}
+    if not isinstance(content, dict) or not needed <= set(content) <= {*needed, "trial_flags"}:
+        raise UserError(f"{path}: must hold the keys command, metric, search and methods, and may hold trial_flags")
     if missing := [name for name in ("{data}", "{depth}") if name not in str(content["command"])]:
         raise UserError(f"{path}: command lacks {missing[0]}")
     metric = str(content["metric"])
@@ -128,15 +133,18 @@ def load_space(path: Path) -> Space:
         ranges = {**content["search"], **method.get("search", {})}
         found = {flag: _range(value, f"{path}: {name}: {flag}") for flag, value in ranges.items()}
         methods.append(Method(name, str(method.get("flags", "")), found))
-    return Space(str(content["command"]), metric, methods)
+    return Space(str(content["command"]), metric, methods, str(content.get("trial_flags", "")))
 
 
 def _range(value: Any, where: str) -> Range:
     scale, *bounds = value if isinstance(value, list) and value else [None]
     numbers = [float(bound) for bound in bounds if isinstance(bound, (int, float)) and math.isfinite(bound)]
     low, high = numbers if len(numbers) == len(bounds) == 2 else (1.0, 0.0)
-    if scale not in ("linear", "log") or not low < high or (scale == "log" and low <= 0):
-        raise UserError(f"{where}: must be [linear, LOW, HIGH] or [log, LOW, HIGH] with 0 < LOW, got {value!r}")
+    whole = low.is_integer() and high.is_integer()
+    known = {"linear": True, "log": low > 0, "integer": whole}
+    if not isinstance(scale, str) or not known.get(scale) or not low < high:
+        kinds = "[linear, LOW, HIGH], [log, LOW, HIGH] with 0 < LOW, or [integer, LOW, HIGH]"
+        raise UserError(f"{where}: must be {kinds}, got {value!r}")
     return Range(scale, low, high)
 
 
@@ -148,6 +156,10 @@ class Task:
     depth: int
     method: Method
     settings: list[dict[str, float]]
+
+    def trial(self, config: Config, space: Space, settings: dict[str, float], seed: int) -> str:
+        """The command of one trial."""
+        return self.line(space, settings, space.trial_flags, f"--seed {seed}", config.flags)
 
     def line(self, space: Space, settings: dict[str, float], *more: str) -> str:
         """The command of one run."""
@@ -184,7 +196,7 @@ def choose(config: Config, space: Space, tasks: list[Task]) -> list[dict[str, An
     for task in tasks:
         trials = []
         for settings in task.settings:
-            lines = [task.line(space, settings, f"--seed {seed}", config.flags) for seed in config.tuning_seeds]
+            lines = [task.trial(config, space, settings, seed) for seed in config.tuning_seeds]
             missing += [line for line in lines if canonical(line) not in found]
             values = [_validation(space, *found[canonical(line)]) for line in lines if canonical(line) in found]
             trials.append({"settings": settings, "validation": values})
@@ -219,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     tasks = tasks_of(config, space)
     if not config.choose:
         for task, settings, seed in ((t, s, seed) for t in tasks for s in t.settings for seed in config.tuning_seeds):
-            print(task.line(space, settings, f"--seed {seed}", config.flags))
+            print(task.trial(config, space, settings, seed))
         return
     choices = choose(config, space, tasks)
     if config.output:

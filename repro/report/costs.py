@@ -13,8 +13,7 @@ from repro.report.cells import text_of
 
 EXPLAINED = (
     "Costs: multiply-adds of one forward pass, of the whole graph or of one example, and seconds of a run: medians "
-    "over the cell's runs, in brackets the range; tuning, how many settings were tried; setting, the numbers in the "
-    "command"
+    "over the cell's runs, in brackets the range; tuning: settings that were tried; setting: numbers in the command"
 )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +22,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import BERT_glue as bg
 import BERT_glue.train as training
-from BERT_glue.config import Config
+from BERT_glue.config import Config, parse
+from BERT_glue.data import load_splits
 from BERT_glue.main import main as main_once
 from BERT_glue.metric import KEYS
 from BERT_glue.tasks import TASKS
 from contranorm import attention_similarity
 from contranorm.collapse import METRICS
+from repro import tune
 from repro.errors import Interrupted, UserError, run_main
 from repro.run.run import Run
 
@@ -359,3 +363,41 @@ def test_another_number_of_processes_is_refused(command: Any, tmp_path: Path, mo
             main(command(tmp_path / "run", "--max_train_steps", "1"))
     with pytest.raises(UserError, match="was started with 2 processes, this is 1"):
         main(command(tmp_path / "run", "--max_train_steps", "1"))
+
+
+def test_held_out_training_examples_take_the_place_of_the_validation_set(
+    command: Any, tmp_path: Path, record: Any, glue_root: Path
+) -> None:
+    root = tmp_path / "data"
+    (root / "glue" / "mnli").mkdir(parents=True)  # with no validation set at all
+    shutil.copy(glue_root / "glue/mnli/train-00000-of-00001.parquet", root / "glue/mnli")
+    more = ["--hold_out", "0.25", "--data_root", str(root)]
+    main(command(tmp_path / "run", *more, task="mnli"))
+    found = record(tmp_path / "run")
+    assert found["protocol"] == "held-out 0.25 of GLUE train" and found["config"]["hold_out"] == 0.25
+    assert set(found["metrics"]) == {"accuracy", "score"}
+    accuracy = 6 * found["metrics"]["accuracy"]  # 6 of 22
+    assert accuracy == pytest.approx(round(accuracy))
+    parts = [load_splits(parse(command(tmp_path / "run", *more, "--seed", seed, task="mnli"))) for seed in ("1", "2")]
+    held = [set(part.validation[""]["idx"]) for part in parts]
+    assert held[0] == held[1] and len(held[0]) == 6 and held[0] | set(parts[0].train["idx"]) == set(range(22))
+
+
+@pytest.mark.parametrize("more", [["--num_train_epochs", "0"], ["--hold_out", "0"]])
+def test_a_part_that_cannot_be_held_out_is_refused(more: list[str], command: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--hold_out"):
+        main(command(tmp_path / "run", "--hold_out", "0.1", *more))
+
+
+def test_the_tuning_space_prints_lines_that_parse(capsys: Any) -> None:
+    space = Path(__file__).parents[2] / "BERT_glue/configs/tuning.yaml"
+    more = ["--flags=--model_name_or_path bert-base-uncased"]
+    tune.main(["--space", str(space), "--data", "rte", "stsb", "--depths", "12", "--trials", "2", *more])
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    configs = [parse([*line[3:], "--output_dir", "x"]) for line in lines]
+    assert all(line[:3] == ["python", "-m", "BERT_glue.main"] for line in lines)
+    assert all((c.model, c.num_hidden_layers, c.hold_out) == ("bert-base-uncased", 12, 0.1) for c in configs)
+    labels = [c.label() for c in configs if c.task_name == "rte"]
+    assert [*dict.fromkeys(label.family or label.method.split(" ")[0] for label in labels)] == [
+        "vanilla", "AttnScale", "GFSA", "NeuTRENO", "ResFormer", "ContraNorm"
+    ]  # fmt: skip

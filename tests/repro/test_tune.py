@@ -126,6 +126,22 @@ def test_what_cannot_be_chosen(run: Any, tmp_path: Path) -> None:
         run("--choose", str(records))
 
 
+def test_flags_of_trials_alone_and_whole_numbers(space: Path, run: Any, tmp_path: Path) -> None:
+    space.write_text(SPACE.replace("[linear, -1, 1]", "[integer, 2, 4]") + "trial_flags: --hold_out 0.1\n")
+    trials = run("--trials", "16")
+    assert all(flags(words)["hold_out"] == "0.1" for words in trials)
+    assert {flags(words)["other"] for words in trials if "--rival" in words} == {"2", "3", "4"}
+    records = tmp_path / "records.jsonl"
+    write(trials, records, lambda f: float(f["lr"]))
+    final = run("--trials", "16", "--choose", str(records))
+    assert final and not any("--hold_out" in words for words in final)
+    write(
+        [words[: words.index("--hold_out")] + words[words.index("--seed") :] for words in trials], records, lambda f: 1
+    )
+    with pytest.raises(UserError, match="128 trials have no record"):  # runs on all of train do not choose
+        run("--trials", "16", "--choose", str(records))
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -153,8 +169,10 @@ def test_nonsense_is_refused(argv: list[str], message: str, run: Any) -> None:
         (
             "[log, 0.001, 0.1]",
             "[log, 0, 0.1]",
-            r"vanilla: lr: must be \[linear, LOW, HIGH\] or .* got \['log', 0, 0.1\]",
+            r"vanilla: lr: must be \[linear, LOW, HIGH\], .* got \['log', 0, 0.1\]",
         ),
+        ("[log, 0.001, 0.1]", "[integer, 1, 2.5]", "vanilla: lr: must be"),
+        ("[log, 0.001, 0.1]", "[[log], 1, 2]", "vanilla: lr: must be"),
         ("[log, 0.001, 0.1]", "[linear, 2, 1]", "vanilla: lr: must be"),
         ("[log, 0.001, 0.1]", "[log, 1]", "vanilla: lr: must be"),
         ("[log, 0.001, 0.1]", "0.1", "vanilla: lr: must be"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from repro import tune
 from repro.config import CellLabel, parse_config
 from repro.errors import UserError
 from ViT_imagenet.config import Config
@@ -123,7 +124,10 @@ def test_every_setting_says_why(capsys: pytest.CaptureFixture[str]) -> None:
 ROOM = Path(__file__).parents[2] / "ViT_imagenet"
 
 
-@pytest.mark.parametrize("path", sorted(ROOM.glob("configs/*.yaml")), ids=lambda p: p.stem)
+SPACE = ROOM / "configs/tuning.yaml"  # for repro.tune
+
+
+@pytest.mark.parametrize("path", sorted({*ROOM.glob("configs/*.yaml")} - {SPACE}), ids=lambda p: p.stem)
 def test_config_files_are_datasheets_that_parse(path: Path) -> None:
     config = parse("--config", str(path), "--scale=0.1")
     assert config.norm == "contra"
@@ -161,3 +165,19 @@ def test_a_named_folder_that_is_not_there_is_refused_before_torch_is_loaded(
     done = subprocess.run([python, "-c", code], cwd=root, check=True, capture_output=True, text=True)
     assert done.stdout == f"--{flag} {tmp_path / 'gone'}: no such folder\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_the_tuning_space_prints_lines_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    tune.main(["--space", str(SPACE), "--data", "CIFAR10", "--depths", "6", "--trials", "2"])
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    configs = [parse_config(Config, [*line[3:], "--output_dir=x"], prog="x") for line in lines]
+    assert all(line[:3] == ["python", "-m", "ViT_imagenet.main"] for line in lines)
+    assert all((c.data_set, c.depth, c.hold_out, c.seed) == ("CIFAR10", 6, 0.1, 100) for c in configs)
+    variants = dict.fromkeys(c.variant for c in configs)
+    assert [*variants] == [
+        None, "attn_scale", "feat_scale", "layer_scale", "gfsa", "neutreno", "resformer", "patch_diversity"
+    ]  # fmt: skip
+    labels = [c.label() for c in configs]
+    families = [label.family or label.method for label in labels]
+    assert families[8:10] == ["GFSA", "GFSA"] and labels[8].method != labels[9].method
+    assert families[-1].startswith("ContraNorm s=")

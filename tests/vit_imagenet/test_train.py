@@ -13,9 +13,12 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+from repro.config import parse_config
 from repro.errors import Interrupted, UserError, run_main
 from repro.report.figures import main as figures
 from repro.run.run import Run
+from ViT_imagenet.config import Config
+from ViT_imagenet.data import load_data
 from ViT_imagenet.main import main
 from ViT_imagenet.predict import main as predict
 
@@ -368,3 +371,27 @@ def test_another_processors_kernels_give_the_same_accuracy(
 def test_curves_are_drawn_from_records(undisturbed: Path, tmp_path: Path) -> None:
     figures(["--records", str(undisturbed), "--kind", "curves", "--output", str(tmp_path / "curves")])
     assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".svg"}
+
+
+def test_held_out_training_images_take_the_place_of_the_test_images(flags: list[str], tmp_path: Path) -> None:
+    folders = []
+    for seed in ("0", "1"):
+        folders.append(tmp_path / seed)
+        main([*flags, "--hold_out=0.25", "--epochs=1", f"--seed={seed}", f"--output_dir={folders[-1]}"])
+        done = record(folders[-1])
+        assert done["metrics"]["validation_images"] == 6  # of 24 training images
+        assert {"validation_accuracy", "validation_accuracy_ema", "best_epoch_validation_accuracy"} < set(
+            done["metrics"]
+        )
+        assert not [name for name in done["metrics"] if "test" in name]
+        assert done["protocol"] == "CIFAR10 held-out 0.25 of train, top-1, centre crop"
+        assert done["config"]["hold_out"] == 0.25
+    parts = [
+        load_data(parse_config(Config, [*flags, "--hold_out=0.25", f"--output_dir={f}"], prog="x")) for f in folders
+    ]
+    train, held = (set(half.indices) for half in (parts[0].train, parts[0].test))
+    assert len(train) == 18 and len(held) == 6 and not train & held
+    assert held == set(parts[1].test.indices)
+    with pytest.raises(UserError, match="--hold_out is a share"):
+        main([*flags, "--hold_out=1", f"--output_dir={tmp_path / 'none'}"])
+    assert not (tmp_path / "none").exists()
