@@ -102,8 +102,11 @@ class VariantOptions:
         return f"{self.variant_name()}: {VARIANTS[self.variant][1]}" + (f"; here {', '.join(here)}" if here else "")
 
     def family(self, method: str) -> str | None:
-        """What tables call the runs of a method at all its settings; None where that only takes ContraNorm's scale."""
-        if self.variant is None:
+        """What tables call the runs of a method whatever its settings, where these were chosen (`tuning_trials`).
+
+        None elsewhere, where a row is one setting, and where that only takes ContraNorm's scale.
+        """
+        if self.variant is None or getattr(self, "tuning_trials", None) is None:
             return None
         scale = getattr(self, "scale", None)
         name = method.replace(self.variant_name(), VARIANTS[self.variant][0])

@@ -303,8 +303,11 @@ def test_every_rival_trains(
     assert all(record["config"]["tuning_trials"] == 2 for record in records)
     assert all(record["multiply_adds"] > 0 and record["parameters"] > 0 for record in records)
     tables.main(["--preset", "rivals", "--records", str(tmp_path / "runs")])
-    rows = [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| digits")]
-    assert rows == [
+    text = capsys.readouterr().out
+    rows = [line.split("|")[2].strip() for line in text.splitlines() if line.startswith("| digits")]
+    assert rows[: len(methods)] == rows[len(methods) :]  # accuracies, then costs
+    assert "settings of all rows chosen among 2 on validation" in text and "P(> vanilla)" in text
+    assert rows[: len(methods)] == [
         "vanilla", "vanilla + LayerNorm", "PN-SI", "PN-SI + LayerNorm", "DGN", "DGN + LayerNorm", "residual connection",
         "initial connection", "jumping knowledge", "GCNII", "GCNII (symmetric)", "G2", "Half-Hop",
         "ContraNorm + LayerNorm",

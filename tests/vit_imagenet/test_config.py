@@ -177,7 +177,8 @@ def test_the_tuning_space_prints_lines_that_parse(capsys: pytest.CaptureFixture[
     assert [*variants] == [
         None, "attn_scale", "feat_scale", "layer_scale", "gfsa", "neutreno", "resformer", "patch_diversity"
     ]  # fmt: skip
-    labels = [c.label() for c in configs]
-    families = [label.family or label.method for label in labels]
-    assert families[8:10] == ["GFSA", "GFSA"] and labels[8].method != labels[9].method
-    assert families[-1].startswith("ContraNorm s=")
+    final = [parse_config(Config, [*line[3:], "--tuning_trials=2", "--output_dir=x"], prog="x") for line in lines]
+    labels = [c.label() for c in final]
+    assert [label.family for label in labels[8:10]] == ["GFSA", "GFSA"] and labels[8].method != labels[9].method
+    assert configs[8].label().family is None  # a row of its own setting
+    assert labels[-1].method.startswith("ContraNorm s=") and labels[-1].family is None
