@@ -175,7 +175,8 @@ def fields_of(frame: pd.DataFrame) -> str:
     """The fields that can make rows and columns, in a list: those of the cell, then those of the config."""
     cell = [*CELL_FIELDS, "family", "experiment", "protocol", "selection", "seed"]
     fields = dict.fromkeys([*cell, *(field for fields in frame["settings"] for field in fields)])
-    return ", ".join(name for name in fields if name != "order" and name in frame and frame[name].notna().any())
+    shown = (name for name in fields if name not in ("order", "note"))
+    return ", ".join(name for name in shown if name in frame and frame[name].notna().any())
 
 
 def metrics_of(frame: pd.DataFrame) -> str:
