@@ -22,21 +22,13 @@ from tqdm import tqdm
 
 from repro.errors import UserError
 from repro.files import write_atomic
+from repro.images.data import ImageData, load_data
+from repro.images.loader import Augmented, BadImages, Sample, eval_batches, make_loader
 from repro.run.run import Run
-from repro.seeding import seed_everything
+from repro.seeding import derive_seed, seed_everything
 from ViT_imagenet import factory
 from ViT_imagenet.config import Config
-from ViT_imagenet.data import ImageData, load_data
-from ViT_imagenet.loader import (
-    BadImages,
-    Sample,
-    TrainBatches,
-    derive_seed,
-    eval_batches,
-    eval_transform,
-    make_loader,
-    train_transform,
-)
+from ViT_imagenet.loader import TrainBatches, eval_transform, train_transform
 from ViT_imagenet.models import collapse_by_block, image_side
 
 CHECK_EVERY = 20  # steps: reading the loss waits for the device
@@ -107,7 +99,7 @@ def prepare_evaluation(config: Config, accelerator: Accelerator) -> EvaluationSe
     size = image_side(model)
     batches = eval_batches(len(data.test), config.batch_size, accelerator.process_index, accelerator.num_processes)
     pin = accelerator.device.type == "cuda"
-    tests = make_loader(data.test, batches, eval_transform(config, size), size, config, pin_memory=pin)
+    tests = make_loader(Augmented(data.test, eval_transform(config, size), size), batches, config, pin_memory=pin)
     return EvaluationSetup(
         config=config, accelerator=accelerator, data=data, model=model.to(accelerator.device), tests=tests,
         bad_images=BadImages(config.on_bad_image),
@@ -120,7 +112,7 @@ def prepare(config: Config, accelerator: Accelerator) -> TrainingSetup:
     model, data = shared.model, shared.data
     batches = TrainBatches(len(data.train), config, accelerator.process_index, accelerator.num_processes)
     size, pin = image_side(model), accelerator.device.type == "cuda"
-    loader = make_loader(data.train, batches, train_transform(config, size), size, config, pin_memory=pin)
+    loader = make_loader(Augmented(data.train, train_transform(config, size), size), batches, config, pin_memory=pin)
     loss = factory.build_loss(config, model, len(data.classes)).to(accelerator.device)
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)  # type: ignore[operator]
@@ -226,7 +218,7 @@ def check_finite(loss: Tensor, epoch: int, step: int) -> None:
 
 
 def training_state(setup: TrainingSetup, progress: Progress) -> dict[str, Any]:
-    """What a checkpoint holds. No generator state: see `loader.derive_seed`."""
+    """What a checkpoint holds. No generator state: see `repro.seeding.derive_seed`."""
     scaler = setup.accelerator.scaler
     return {
         "model": setup.plain_model.state_dict(),

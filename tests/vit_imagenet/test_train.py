@@ -16,10 +16,9 @@ from safetensors.torch import load_file, save_file
 from repro.errors import Interrupted, UserError, run_main
 from repro.report.figures import main as figures
 from repro.run.run import Run
+from tests.image_sets import picture
 from ViT_imagenet.main import main
 from ViT_imagenet.predict import main as predict
-
-from .conftest import picture
 
 
 def record(folder: Path) -> dict:
