@@ -219,3 +219,35 @@ def test_filters_that_are_not_defined(kind, sigma, location, message):
 def test_only_matrices_of_numbers():
     with pytest.raises(ValueError, match=r"\(N, D\)"):
         spectral_filter(random(2, 3, 4), "poly", 1, location="online")
+
+
+def final_rank(kind: str, sigma: float, location: str) -> float:
+    """Rank of the covariance after 800 steps of a linear encoder 16 → 8 on two noisy copies of Gaussian inputs."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.linspace(1, 0.2, 16)
+    weights = (torch.randn(16, 8, generator=generator) / 4).requires_grad_()
+    for _ in range(800):
+        x = torch.randn(512, 16, generator=generator) * scales
+        noisy = [x + 0.3 * torch.randn(512, 16, generator=generator) for _ in range(2)]
+        a, b = (F.batch_norm(view @ weights, None, None, training=True) for view in noisy)
+        loss = torch.zeros(())
+        for online, target in ((a, b), (b, a)):
+            if location == "online":
+                online = spectral_filter(online, kind, sigma, location="online")
+            else:
+                target = spectral_filter(target, kind, sigma, location="target")
+            loss = loss + alignment(online, target) / 2
+        (gradient,) = torch.autograd.grad(loss, weights)
+        with torch.no_grad():
+            weights -= 0.5 * gradient
+    return effective_rank(a, centre=True, power=2)
+
+
+def test_the_sign_decides_whether_a_linear_encoder_collapses():  # C4; the rank starts at 6.46
+    start, symmetric = 6.46, final_rank("poly", 0, "online")
+    assert symmetric < start - 0.5
+    rising = [("poly", 1, "online"), ("log_1", 0, "online"), ("poly", -1, "target"), ("poly", -0.5, "target")]
+    for arm in [*rising, ("contranorm", 0.5, "target")]:
+        assert final_rank(*arm) > start + 0.5, arm
+    assert final_rank("poly", -1, "online") < symmetric - 0.5
+    assert final_rank("poly", 1, "target") < 1.1  # the command in the README of the released code
