@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from safetensors.torch import save
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -20,12 +18,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from repro import progress as shared_progress
 from repro.errors import UserError
 from repro.files import write_atomic
 from repro.images.data import ImageData, load_data
 from repro.images.loader import Augmented, BadImages, Sample, eval_batches, make_loader
+from repro.parallel import all_names
 from repro.run.run import Run
 from repro.seeding import derive_seed, seed_everything
+from repro.weights import read_state, to_safetensors
 from ViT_imagenet import factory
 from ViT_imagenet.config import Config
 from ViT_imagenet.loader import TrainBatches, eval_transform, train_transform
@@ -67,23 +68,10 @@ class TrainingSetup(EvaluationSetup):
 
 
 @dataclass
-class Progress:
+class Progress(shared_progress.Progress):
     """Where a run is; all that a checkpoint holds besides weights and optimizer."""
 
-    epoch: int = 0
-    step: int = 0  # finished steps of this epoch
-    steps_per_epoch: int = 0
-    loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))  # mean losses of this epoch's steps, added up
-    train_seconds: float = 0.0  # in training, evaluation left out
-    processor_seconds: float = 0.0  # of the main process, workers left out
-    images_total: int = 0
     best: float = 0.0  # best test accuracy of any epoch so far
-    bad_images: list[str] = field(default_factory=list)
-
-    @property
-    def images_per_second(self) -> float:
-        """Training speed by the clock."""
-        return self.images_total / max(self.train_seconds, 1e-9)
 
 
 def prepare_evaluation(config: Config, accelerator: Accelerator) -> EvaluationSetup:
@@ -254,7 +242,7 @@ def restore(setup: TrainingSetup, run: Run) -> Progress:
     if (found := run.restore()) is not None:
         progress = load_training_state(setup, found[1], setup.config.output_dir)
     elif setup.config.resume:
-        state = factory.read_state(setup.config.resume)
+        state = read_state(setup.config.resume)
         progress = load_training_state(setup, state, setup.config.resume)
     progress.steps_per_epoch = setup.batches.steps
     progress.loss_sum = progress.loss_sum.to(setup.accelerator.device)
@@ -264,16 +252,8 @@ def restore(setup: TrainingSetup, run: Run) -> Progress:
 def save_progress(setup: TrainingSetup, run: Run, progress: Progress) -> None:
     """Write a checkpoint, on all processes at the same step; they leave together when one was asked to stop."""
     run.agree_to_stop()
-    progress.bad_images = bad_image_names(setup)
+    progress.bad_images = all_names(setup.bad_images.names)
     run.checkpoint(progress.epoch * progress.steps_per_epoch + progress.step, training_state(setup, progress))
-
-
-def bad_image_names(setup: EvaluationSetup) -> list[str]:
-    """The bad images that any process has met."""
-    names = list(setup.bad_images.names)
-    if setup.accelerator.num_processes > 1:
-        names = [name for part in gather_object([names]) for name in part]
-    return list(dict.fromkeys(names))
 
 
 @torch.inference_mode()
@@ -314,7 +294,12 @@ def evaluate_only(setup: EvaluationSetup, run: Run) -> None:
     setup.accelerator.print(factory.describe_norms(setup.model))
     metrics = evaluate(setup, setup.model)
     setup.accelerator.print(f"test accuracy {metrics['test_accuracy']:.4f} over {metrics['test_images']} images")
-    run.finish(metrics, protocol=protocol(setup), selection="the weights given", bad_images=bad_image_names(setup))
+    run.finish(
+        metrics,
+        protocol=protocol(setup),
+        selection="the weights given",
+        bad_images=all_names(setup.bad_images.names),
+    )
 
 
 def report_start(setup: TrainingSetup) -> None:
@@ -343,9 +328,9 @@ def finish(setup: TrainingSetup, run: Run, progress: Progress, metrics: dict[str
         extra["collapse"] = collapse_by_block(setup.plain_model, images).to_dict("list")
     if run.main:
         write_atomic(run.folder / "classes.json", json.dumps(setup.data.classes).encode())  # for ViT_imagenet.predict
-        write_atomic(run.folder / "model.safetensors", weights(setup.plain_model))
+        write_atomic(run.folder / "model.safetensors", to_safetensors(setup.plain_model))
         if setup.ema is not None:
-            write_atomic(run.folder / "model_ema.safetensors", weights(setup.ema.module))
+            write_atomic(run.folder / "model_ema.safetensors", to_safetensors(setup.ema.module))
     run.finish(
         metrics | {"best_epoch_test_accuracy": progress.best},
         protocol=protocol(setup),
@@ -356,7 +341,7 @@ def finish(setup: TrainingSetup, run: Run, progress: Progress, metrics: dict[str
         processor_seconds=progress.processor_seconds,
         parameters=parameters(setup),
         processes=setup.accelerator.num_processes,
-        bad_images=bad_image_names(setup),
+        bad_images=all_names(setup.bad_images.names),
         **extra,
     )
     setup.accelerator.print(f"test accuracy {metrics['test_accuracy']:.4f}; {run.folder / 'record.json'}")
@@ -372,8 +357,3 @@ def protocol(setup: EvaluationSetup) -> str:
 def parameters(setup: EvaluationSetup) -> int:
     """How many the model has."""
     return sum(p.numel() for p in setup.plain_model.parameters())
-
-
-def weights(model: nn.Module) -> bytes:
-    """The model's weights as a safetensors file."""
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})

@@ -8,6 +8,7 @@ are deprecated, and accelerate's `gather` carries no gradient.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -60,12 +61,12 @@ def gather(rows: Tensor) -> Tensor:
     return gathered
 
 
-def all_names(names: list[str]) -> list[str]:
+def all_names(names: Iterable[str]) -> list[str]:
     """The names that any process has, each once, in the processes' order."""
-    parts: list[Any] = [names]
+    parts: list[Any] = [list(names)]
     if world_size() > 1:
-        parts = [None] * world_size()
-        dist.all_gather_object(parts, names)
+        (mine,), parts = parts, [None] * world_size()
+        dist.all_gather_object(parts, mine)
     return list(dict.fromkeys(name for part in parts for name in part))
 
 
