@@ -328,9 +328,9 @@ def finish(setup: TrainingSetup, run: Run, progress: Progress, metrics: dict[str
         extra["collapse"] = collapse_by_block(setup.plain_model, images).to_dict("list")
     if run.main:
         write_atomic(run.folder / "classes.json", json.dumps(setup.data.classes).encode())  # for ViT_imagenet.predict
-        write_atomic(run.folder / "model.safetensors", to_safetensors(setup.plain_model))
+        write_atomic(run.folder / "model.safetensors", to_safetensors(setup.plain_model.state_dict()))
         if setup.ema is not None:
-            write_atomic(run.folder / "model_ema.safetensors", to_safetensors(setup.ema.module))
+            write_atomic(run.folder / "model_ema.safetensors", to_safetensors(setup.ema.module.state_dict()))
     run.finish(
         metrics | {"best_epoch_test_accuracy": progress.best},
         protocol=protocol(setup),

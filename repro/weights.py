@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
 
 from repro.checkpoint import list_checkpoints, read_checkpoint
 from repro.errors import UserError
@@ -50,6 +49,6 @@ def _read_newest(place: Path) -> Any:
     return read_checkpoint(found[-1])["state"]
 
 
-def to_safetensors(model: nn.Module) -> bytes:
-    """The model's weights as a safetensors file."""
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
+def to_safetensors(state: dict[str, torch.Tensor]) -> bytes:
+    """A state dict as a safetensors file."""
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})

@@ -42,7 +42,7 @@ class Augmented(Dataset[Sample]):
     def __init__(self, source: Images, transform: Callable[[Image.Image], Tensor], size: int) -> None:
         self.source = source
         self.transform = transform
-        self.size = size
+        self.blank = torch.zeros(3, size, size)  # in evaluation, in the place of an image that cannot be decoded
 
     def prepare(self, image: Image.Image, ref: SampleRef) -> Any:
         """What the model gets to see of an image."""
@@ -58,7 +58,7 @@ class Augmented(Dataset[Sample]):
             except BadImageError as error:
                 bad.append(str(error))
                 if ref.seed is None:
-                    return Sample(torch.zeros(3, self.size, self.size), 0, bad[0], False, index)
+                    return Sample(self.blank, 0, bad[0], False, index)
                 index = (index + 1) % len(self.source)  # type: ignore[arg-type]
                 continue
             return Sample(self.prepare(image, ref), label, "\n".join(bad), True, index)
