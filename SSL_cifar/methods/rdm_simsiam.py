@@ -1,7 +1,7 @@
 """RDM-SimSiam: a spectral filter in place of SimSiam's predictor.
 
-"Towards a Unified Theoretical Understanding of Non-contrastive Learning via Rank Differential Mechanism", Zhuo, Wang, Ma,
-Wang, ICLR 2023.
+"Towards a Unified Theoretical Understanding of Non-contrastive Learning via Rank Differential Mechanism"
+(Zhuo et al., ICLR 2023); code: PKU-ML/Rank-Differential-Mechanism.
 """
 
 from __future__ import annotations

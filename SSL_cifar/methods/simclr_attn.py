@@ -1,7 +1,7 @@
 """SimCLR-Attn: rows of NT-Xent weighted by the agreement of their views.
 
-"A Message Passing Perspective on Learning Dynamics of Contrastive Learning", Wang, Zhang, Chen, Yang, Yang, Wang,
-ICLR 2023.
+"A Message Passing Perspective on Learning Dynamics of Contrastive Learning" (Wang et al., ICLR 2023); code:
+PKU-ML/Message-Passing-Contrastive-Learning.
 """
 
 from __future__ import annotations
