@@ -53,17 +53,22 @@ def collect(
     - `alignment`: mean squared distance of two views of an image; `worst_alignment`: mean over images of the largest.
       0 is invariance, and also collapse: read it beside `uniformity` (collapsed: 0, healthy: towards -4).
 
-    The arrays: `spectrum_h`, `spectrum_z`, singular values of centred features over the largest; and of a vision
-    transformer, by layer, `token_similarity`, mean cosine of the patch tokens of an image, and, by layer and head,
-    `attention_similarity`, mean cosine of attention rows (both: 1 is oversmoothed).
+    Of methods with tokens, `next_token_nll`: mean negative log-likelihood of a token given those before it, in nats.
+
+    The arrays: `prefix_nll`, the same by the number of those before it; `spectrum_h`, `spectrum_z`, singular values of
+    centred features over the largest; and of a vision transformer, by layer, `token_similarity`, mean cosine of the
+    patch tokens of an image, and, by layer and head, `attention_similarity`, mean cosine of attention rows (both: 1 is
+    oversmoothed).
     """
     features: list[Tensor] = []
     by_view: list[list[Tensor]] = []
+    likelihoods: list[Tensor] = []
     layers: list[dict[str, list[Any]]] = []
     for images, views in batches:
         with _layer_similarity(method.backbone) as similarity:
             features.append(method.features(images).float())
         layers += [similarity] if similarity else []
+        likelihoods += [nll for nll in [method.likelihood(images)] if nll is not None]
         by_view.append([method.features(view).float() for view in views])
     h = torch.cat(features)
     h_views = [torch.cat(view) for view in zip(*by_view, strict=True)]
@@ -78,6 +83,9 @@ def collect(
     embedded = [view for view in z_views if view is not None] or h_views
     numbers |= _alignment(embedded)
     numbers["uniformity"] = uniformity(h if z is None else z)
+    if likelihoods:
+        by_prefix = torch.cat(likelihoods).double().mean(dim=0)  # (T - 1,)
+        numbers["next_token_nll"], arrays["prefix_nll"] = float(by_prefix.mean()), by_prefix.tolist()
     for name in layers[0] if layers else ():
         arrays[name] = torch.tensor([batch[name] for batch in layers]).mean(dim=0).tolist()
     return numbers, arrays

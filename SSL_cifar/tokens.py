@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightly.models.utils import deactivate_requires_grad, patchify
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from sklearn.cluster import MiniBatchKMeans
-from timm.data import create_transform
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from repro.config import CellLabel, load_yaml, parse_config
@@ -285,14 +286,15 @@ class Source:
         self.config = config
         self.images = images
         self.bad = BadImages(config.on_bad_image)
-        mean, std = statistics(config)
-        self.transform = create_transform(
-            config.crop_size, interpolation="bicubic", crop_pct=config.eval_crop_ratio, mean=mean, std=std
-        )
+        self.augment = Augment(config.augment, config.crop_size, config.data_set, views=1)
+
+    def clean(self, image: Image.Image) -> Tensor:
+        """An image as evaluation sees it, (3, S, S)."""
+        return self.augment.clean(pil_to_tensor(image)[None], self.config.eval_crop_ratio)[0]
 
     def batches(self, what: str) -> Iterator[tuple[Tensor, Tensor]]:
         """All images once, in order; bad ones left out."""
-        data = Augmented(self.images, self.transform, self.config.crop_size)
+        data = Augmented(self.images, self.clean, self.config.crop_size)
         loader = make_loader(
             data, eval_batches(len(data.source), IMAGES_PER_BATCH, 0, 1), self.config, pin_memory=False
         )

@@ -101,6 +101,10 @@ class Method(nn.Module):
         features: Tensor = self.backbone(images)
         return features
 
+    def likelihood(self, images: Tensor) -> Tensor | None:
+        """Negative log-likelihood, in nats, of each token given those before it, (B, T - 1); None without tokens."""
+        return None
+
     def project(self, h: Tensor) -> Tensor | None:
         """The embedding of features (B, D), for diagnostics; None for methods without."""
         return None

@@ -17,9 +17,13 @@ class Known:
     def __init__(self, matrix: torch.Tensor | None = None, backbone: nn.Module | None = None) -> None:
         self.matrix = matrix
         self.backbone = backbone or nn.Identity()
+        self.nll: torch.Tensor | None = None
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         return self.backbone(images) if self.matrix is None else images.flatten(1) @ self.matrix
+
+    def likelihood(self, images: torch.Tensor) -> torch.Tensor | None:
+        return self.nll
 
     def project(self, h: torch.Tensor) -> torch.Tensor | None:
         return None if self.matrix is None else h[:, : h.shape[1] // 2]
@@ -96,3 +100,11 @@ def test_rank_difference_has_the_sign_of_the_filter():
     assert rank_difference(z, down) < -0.5
     assert rank_difference(z, z) == 0
     assert rank_difference(z, up) == effective_rank(up, centre=True, power=2) - effective_rank(z, centre=True, power=2)
+
+
+def test_likelihood_by_prefix():
+    method = Known(torch.eye(12))
+    assert "next_token_nll" not in collect(method, batches(0.1))[0]
+    method.nll = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+    numbers, arrays = collect(method, batches(0.1))
+    assert arrays["prefix_nll"] == [2, 4] and numbers["next_token_nll"] == 3
