@@ -55,10 +55,10 @@ def collect(
 
     Of methods with tokens, `next_token_nll`: mean negative log-likelihood of a token given those before it, in nats.
 
-    The arrays: `prefix_nll`, the same by the number of those before it; `spectrum_h`, `spectrum_z`, singular values of
-    centred features over the largest; and of a vision transformer, by layer, `token_similarity`, mean cosine of the
-    patch tokens of an image, and, by layer and head, `attention_similarity`, mean cosine of attention rows (both: 1 is
-    oversmoothed).
+    The arrays: `prefix_nll`, the same by the number of those before it; `spectrum` of h and `spectrum_z`, singular
+    values of centred features over the largest; and of a vision transformer, by layer, `token_similarity`, mean cosine
+    of the patch tokens of an image, and, by layer and head, `attention_similarity`, mean cosine of attention rows (for
+    both, 1 is oversmoothed).
     """
     features: list[Tensor] = []
     by_view: list[list[Tensor]] = []
@@ -74,7 +74,7 @@ def collect(
     h_views = [torch.cat(view) for view in zip(*by_view, strict=True)]
     z, z_views = method.project(h), [method.project(view) for view in h_views]
     numbers = _of_one("h", h)
-    arrays: dict[str, list[Any]] = {"spectrum_h": _spectrum(h)}
+    arrays: dict[str, list[Any]] = {"spectrum": _spectrum(h)}
     if z is not None:
         numbers |= _of_one("z", z)
         numbers["erank_cov_z_uncentred"] = effective_rank(z, power=2)

@@ -233,7 +233,7 @@ class Trainer:
             numbers | progress.last,
             protocol=f"{data.name} {data.test_split} split{part}, frozen features: k-NN and logistic regression",
             selection="last epoch",
-            diagnostics=arrays,
+            **arrays,
             images_per_second=progress.images_per_second,
             images_per_processor_second=progress.images_total / max(progress.processor_seconds, 1e-9),
             train_seconds=progress.train_seconds,

@@ -44,8 +44,8 @@ class Config:
 
     records: list[str] | str = field(default_factory=list)
     """Folders, files (record.json, records.jsonl) or glob patterns; also as the first words, without the flag."""
-    preset: Literal["table1", "table2", "table3"] | None = None
-    """Rows, columns and metric of one of the paper's tables; flags given beside it win."""
+    preset: Literal["table1", "table2", "table3", "ssl"] | None = None
+    """Rows, columns and metric of one of the paper's tables, or of self-supervised runs; flags given beside it win."""
     rows: str | None = None
     """Comma-separated fields that make the rows: data, model, method, family (the method without its scale), depth,
     scale, or fields of the config."""
@@ -101,6 +101,7 @@ PRESETS: dict[str, dict[str, str]] = {
     },
     "table2": {"rows": "data,model,method", "columns": "depth", "metric": "test_accuracy"},
     "table3": {"rows": "data,method", "columns": "depth", "metric": "test_accuracy"},
+    "ssl": {"rows": "data,model,method,epochs", "columns": "", "metric": "knn_accuracy"},
 }
 
 
