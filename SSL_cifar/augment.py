@@ -184,7 +184,7 @@ def crop(images: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
     shape = (*x.shape, size)
     grid = torch.stack([x[:, :, None, :].expand(shape), y[:, :, :, None].expand(shape)], -1)  # (B, V, size, size, 2)
     views = F.grid_sample(
-        images.float() / 255, grid.flatten(1, 2), mode="bicubic", padding_mode="border", align_corners=False
+        images.to(grid.dtype) / 255, grid.flatten(1, 2), mode="bicubic", padding_mode="border", align_corners=False
     )  # (B, 3, V·size, size)
     return views.unflatten(2, (-1, size)).transpose(1, 2).clamp(0, 1)
 
