@@ -11,6 +11,7 @@ cropped one by one, with torchvision's antialiasing.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -100,13 +101,17 @@ class Augment:
         x = torch.where(((rows[:, _SOLARIZED] < solarize).view(-1, 1, 1, 1)) & (x >= 128 / 255), 1 - x, x)
         return self.normalize(x).view(views.shape), boxes, flips
 
-    def clean(self, images: Tensor, ratio: float) -> Tensor:
-        """Images (B, 3, H, W), uint8, as evaluation sees them: the centre of the size / `ratio` pixels large image."""
+    def clean(self, images: Tensor, ratio: float, change: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        """Images (B, 3, H, W), uint8, as evaluation sees them: the centre of the size / `ratio` pixels large image.
+
+        `change` is made to the pixels, in [0, 1], before they are normalized.
+        """
         height, width = images.shape[2:]
         side = min(height, width) * ratio
         box = torch.tensor([(1 - side / height) / 2, (1 - side / width) / 2, side / height, side / width])
         boxes = box.to(images.device).expand(len(images), 1, 4)
-        return self.normalize(crop(images, boxes, boxes.new_zeros(len(images), 1, dtype=torch.bool), self.size)[:, 0])
+        whole = crop(images, boxes, boxes.new_zeros(len(images), 1, dtype=torch.bool), self.size)[:, 0]
+        return self.normalize(change(whole))
 
     def normalize(self, x: Tensor) -> Tensor:
         """Subtract the mean, divide by the standard deviation; x (B, 3, S, S) in [0, 1]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 from timm.models.resnet import BasicBlock, Bottleneck, make_blocks
 from timm.models.vision_transformer import VisionTransformer
@@ -64,12 +65,12 @@ class ResNet(nn.Sequential):
         raise ValueError(f"a ResNet has stages 1 to 4, not {stage}")
 
 
-def build(config: Config) -> nn.Module:
-    """The backbone of the config, with new weights; it has `num_features`."""
+def build(config: Config, **more: Any) -> nn.Module:
+    """The backbone of the config, with new weights; it has `num_features`. `more` goes to timm's VisionTransformer."""
     if config.backbone in RESNETS:
         return ResNet(config.backbone, config.stem, config.width)
     width, depth, heads = VITS[config.backbone]
-    options = {"global_pool": "token", **config.vit_options()}
+    options = {"global_pool": "token", **config.vit_options(), **more}
     return VisionTransformer(
         img_size=config.crop_size, patch_size=config.patch_size, num_classes=0, embed_dim=width, depth=depth,
         num_heads=heads, **options,

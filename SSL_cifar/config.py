@@ -14,7 +14,8 @@ class Config(ImageFields):
     """Self-supervised pre-training with one method."""
 
     EXECUTION_FIELDS: ClassVar[tuple[str, ...]] = (
-        *ImageFields.EXECUTION_FIELDS, "cpu", "checkpoint_every", "knn_every", "knn_chunk",
+        *ImageFields.EXECUTION_FIELDS, "cpu", "checkpoint_every", "knn_every", "knn_chunk", "probe",
+        "shifts",
     )  # fmt: skip
     TITLE: ClassVar[str] = ""  # the method's name in tables
     ORDER: ClassVar[float] = 0  # its place among the methods of a table
@@ -84,6 +85,8 @@ class Config(ImageFields):
     """Test images that k-NN compares with all training images at a time: memory, not numbers."""
     probe: bool = True
     """Train a linear classifier on the frozen features at the end. k-NN is always evaluated."""
+    shifts: bool = False
+    """Test that classifier also on images that are rotated, grey, blurred, of another hue, or noisy (shifts.py)."""
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
@@ -101,6 +104,8 @@ class Config(ImageFields):
             raise ValueError(f"--eval_crop_ratio must be above 0 and at most 1, got {self.eval_crop_ratio}")
         if self.batch_size < 2:
             raise ValueError(f"--batch_size {self.batch_size}: images are compared within a batch: at least 2")
+        if self.shifts and not self.probe:
+            raise ValueError("--shifts tests the linear classifier, which --no_probe leaves out: drop one of the two")
         vit = self.backbone.startswith("vit")
         if self.NEEDS_VIT and not vit:
             raise ValueError(f"--method {self.method} works on patches: give --backbone vit_..., not {self.backbone}")

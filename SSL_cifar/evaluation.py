@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from SSL_cifar.augment import Augment
 from SSL_cifar.batches import Pixels, ViewRef
 from SSL_cifar.config import Config
 from SSL_cifar.methods.base import Method
+from SSL_cifar.shifts import SHIFTS
 
 NEIGHBOURS, KNN_TAU = 20, 0.07  # of the weighted k-NN (Wu et al., CVPR 2018)
 PROBE_STEPS = 100  # of L-BFGS
@@ -68,35 +70,39 @@ class Evaluation:
         self.train: Images | Pixels = train_pixels or data.train
         self.test: Images | Pixels = Pixels(data.test, bad_images, training=False) if config.cache else data.test
 
-    def see(self, images: Tensor, draws: Tensor | None) -> Tensor:
+    def see(self, images: Tensor, draws: Tensor | None, shift: str | None = None) -> Tensor:
         """Images (b, 3, H, W), uint8, unaugmented and, with draws, as views: (b, 1 [+ V], 3, S, S)."""
-        clean = self.augment.clean(images, self.config.eval_crop_ratio)[:, None]
+        change = {} if shift is None else {"change": SHIFTS[shift]}
+        clean = self.augment.clean(images, self.config.eval_crop_ratio, **change)[:, None]
         return clean if draws is None else torch.cat([clean, self.views(images, draws)[0]], 1)
 
-    def batches(self, half: Images | Pixels, places: list[int], draws: Tensor | None = None) -> Iterator[Seen]:
+    def batches(
+        self, half: Images | Pixels, places: Sequence[int], draws: Tensor | None = None, shift: str | None = None
+    ) -> Iterator[Seen]:
         """The images of a half at `places`; draws: (len(places), V, DRAWS)."""
+        see = partial(self.see, shift=shift)
         chunks = [list(range(start, min(start + BATCH, len(places)))) for start in range(0, len(places), BATCH)]
         if isinstance(half, Pixels):
             for rows in chunks:
                 part = [places[row] for row in rows]
                 chosen = None if draws is None else draws[rows].to(self.device)
                 labels = half.labels[part]
-                yield self.see(half.images[part].to(self.device), chosen), labels, torch.ones_like(labels).bool()
+                yield see(half.images[part].to(self.device), chosen), labels, torch.ones_like(labels).bool()
             return
         refs = [[ViewRef(places[row], None, row) for row in rows] for rows in chunks]
-        dataset = _Half(half, self.see, draws, self.config.crop_size)
+        dataset = _Half(half, see, draws, self.config.crop_size)
         for sample in make_loader(dataset, refs, self.config, pin_memory=False):  # type: ignore[arg-type]
             self.bad_images.add(sample.bad)
             yield sample.image.to(self.device), sample.label, sample.usable
 
     @torch.no_grad()
-    def features(self, method: Method, half: Images | Pixels) -> Labelled:
+    def features(self, method: Method, half: Images | Pixels, shift: str | None = None) -> Labelled:
         """Features in float32 and labels of all images of a half that can be decoded, on every process."""
         n = len(half)  # type: ignore[arg-type]
         share = -(-n // self.world)
         places = [min(place, n - 1) for place in range(self.rank * share, (self.rank + 1) * share)]
         parts = []
-        for images, labels, usable in self.batches(half, places):
+        for images, labels, usable in self.batches(half, places, shift=shift):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
                 features = method.features(images[:, 0]).float()
             parts.append((features, labels.to(self.device), usable.to(self.device, torch.uint8)))
@@ -106,14 +112,14 @@ class Evaluation:
     def knn(self, train: Labelled, test: Labelled) -> float:
         """Accuracy of the weighted k-NN on the test images."""
         predicted = knn_predict(*train, test[0], self.classes, chunk=self.config.knn_chunk)
-        return float((predicted == test[1]).float().mean())
+        return accuracy(predicted, test[1])
 
     def quick(self, method: Method) -> dict[str, float]:
         """The k-NN accuracy, for learning curves."""
         method.eval()
-        accuracy = self.knn(self.features(method, self.train), self.features(method, self.test))
+        found = self.knn(self.features(method, self.train), self.features(method, self.test))
         method.train()
-        return {"knn_accuracy": accuracy}
+        return {"knn_accuracy": found}
 
     def full(self, method: Method) -> tuple[dict[str, float], dict[str, list[Any]]]:
         """What a record holds: numbers, and the diagnostics' arrays."""
@@ -121,7 +127,11 @@ class Evaluation:
         train, test = self.features(method, self.train), self.features(method, self.test)
         numbers = {"knn_accuracy": self.knn(train, test), "test_images": len(test[1])}
         if self.config.probe:
-            numbers["linear_accuracy"] = linear_probe(train, test, self.classes)
+            classifier = linear_probe(train, self.classes)
+            numbers["linear_accuracy"] = accuracy(classifier(test[0]), test[1])
+            for name in SHIFTS if self.config.shifts else ():
+                shifted = self.features(method, self.test, name)
+                numbers[f"linear_accuracy_{name}"] = accuracy(classifier(shifted[0]), shifted[1])
         found, arrays = diagnostics.collect(method, self._diagnosed())
         method.train()
         return numbers | found, arrays
@@ -158,13 +168,19 @@ def knn_predict(features: Tensor, labels: Tensor, queries: Tensor, classes: int,
     return torch.cat(predicted)
 
 
-def linear_probe(train: Labelled, test: Labelled, classes: int) -> float:
-    """Test accuracy of logistic regression on standardized features.
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Share of predictions, (n,), that are the labels."""
+    return float((predicted == labels).float().mean())
+
+
+def linear_probe(train: Labelled, classes: int) -> Callable[[Tensor], Tensor]:
+    """Logistic regression on standardized features, as a function of features (m, D) that gives classes (m,).
 
     The sum of the cross-entropies plus half the squared weights (scikit-learn's default, C = 1), by L-BFGS from zero.
     """
     mean, std = train[0].mean(dim=0), train[0].std(dim=0)
-    x, queries = ((features - mean) / std.clamp(min=1e-6) for features in (train[0], test[0]))
+    std = std.clamp(min=1e-6)
+    x = (train[0] - mean) / std
     layer = nn.Linear(x.shape[1], classes).to(x)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -178,5 +194,4 @@ def linear_probe(train: Labelled, test: Labelled, classes: int) -> float:
 
     with torch.enable_grad():
         optimizer.step(closure)
-    with torch.no_grad():
-        return float((layer(queries).argmax(dim=1) == test[1]).float().mean())
+    return torch.no_grad()(lambda features: layer((features - mean) / std).argmax(dim=1))
