@@ -58,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and do one run."""
     config = parse(sys.argv[1:] if argv is None else argv)
     config.check_folders()
-    # Imported after parsing: a wrong flag is reported before timm and torchvision have loaded.
-    import torch
+    import torch  # these after parsing, which needs the methods' flags only
 
     from repro.run.run import Run
     from SSL_cifar.engine import Trainer, accelerator_for

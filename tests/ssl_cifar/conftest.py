@@ -12,26 +12,41 @@ from torch import Tensor, nn
 from SSL_cifar.methods.base import Batch, Method
 from tests.image_sets import datasets_cache, make_folders, make_parquet, parquet  # noqa: F401
 
-RESNET = "--stem s2 --width 4"
+RESNET = "--stem s2 --width 4 --proj_hidden_dim 16 --proj_output_dim 12"
+VIT = "--backbone vit_micro --patch_size 16 --augment mae"
+DECODER = "--decoder_dim 16 --decoder_depth 1 --decoder_num_heads 2 --mask_ratio 0.5"
 # What each method needs in a run of seconds, besides `quick`.
 METHOD_FLAGS = {
     "simsiam": RESNET,
     "simsiam_multi": f"{RESNET} --plain_epochs 1",
-    "byol": f"{RESNET} --opt larc",
+    "byol": f"{RESNET} --opt larc --pred_hidden_dim 16",
     "rdm_simsiam": f"{RESNET} --pred_location target --sigma -1",
     "rdm_byol": f"{RESNET} --pred_type log_1",
     "simclr": RESNET,
     "simclr_attn": RESNET,
     "moco": f"{RESNET} --queue_size 20",
     "arcl": f"{RESNET} --base moco --num_views 3 --queue_size 20",
+    "mae": f"{VIT} {DECODER}",
+    "cluster_mim": f"{VIT} {DECODER} --center_path CENTRES",
+    "ar": f"{VIT} --center_path CENTRES",
+    "dar": f"{VIT} --center_path CENTRES --offsets 2",
+    "vlm": f"{VIT} --center_path CENTRES --mask_ratio_min 0.25 --mask_ratio_max 0.75",
 }
-PROJECTOR = " --proj_hidden_dim 16 --proj_output_dim 12"
 
 
-def method_flags(name: str) -> list[str]:
-    """The flags of a method in a run of seconds."""
-    flags = f"--method {name} {METHOD_FLAGS[name]}"
-    return (flags + (PROJECTOR if "--stem" in flags else "")).split()
+@pytest.fixture(scope="session")
+def flags_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
+    """flags_of("simclr") → the flags of a method in a run of seconds; 5 random centres where it needs tokens."""
+    from SSL_cifar import tokens
+    from SSL_cifar.main import parse
+
+    path = tmp_path_factory.mktemp("centres") / "centres.safetensors"
+    common = f"--method mae {METHOD_FLAGS['mae']} --output_dir x".split()
+    mean, std = tokens.statistics(parse(common))
+    values = torch.randn(5, 3 * 16**2, generator=torch.Generator().manual_seed(0))
+    header = tokens.Header("pixel", 5, 16, mean, std, False)
+    tokens.save_tokenizer(path, tokens.Tokenizer(tokens.Patches(header), values))
+    return lambda name: f"--method {name} {METHOD_FLAGS[name]}".replace("CENTRES", str(path)).split()
 
 
 @pytest.fixture(scope="session")
