@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from scipy import sparse
 
 from repro.config import parse_config
 from repro.errors import UserError, run_main
+from repro.files import write_atomic
+from repro.report import readme
 from repro.report.records import load_records, records_flag
 from repro.report.tables import markdown_table
 
@@ -77,6 +80,8 @@ class Config:
 
     records: list[str] | str = field(default_factory=list)
     """Folders of finished runs of SSL_cifar.tokens; also as the first words, without the flag."""
+    output: str | None = None
+    """.md file to write the table to, as a block that repro.report.check renews."""
 
     def __post_init__(self) -> None:
         if not self.records:
@@ -96,12 +101,16 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    config = parse_config(Config, records_flag(argv), prog="python -m SSL_cifar.tcas", description=__doc__ or "")
+    words = records_flag(argv)
+    config = parse_config(Config, words, prog="python -m SSL_cifar.tcas", description=__doc__ or "")
     frame = load_records(config.records)
     if "metrics.tcas" not in frame:
         raise UserError(f"{config.records}: no record of SSL_cifar.tokens there")
     rows = frame[frame["metrics.tcas"].notna()].rename(columns=lambda name: name.removeprefix("metrics."))
-    print(table(rows.assign(tokens=rows["method"], k=rows["k"].astype(int)).to_dict("records")), end="")
+    text = table(rows.assign(tokens=rows["method"], k=rows["k"].astype(int)).to_dict("records"))
+    if config.output:
+        write_atomic(Path(config.output), readme.block("SSL_cifar.tcas", words, text).encode())
+    print(text, end="")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -198,6 +198,8 @@ class TokenSettings(PatchSettings):
 class FitConfig(ImageFields):
     """What to cluster, and into how many tokens."""
 
+    data_set: Literal["IMNET", "IMNET100", "CIFAR10", "CIFAR", "CIFAR100", "TINY", "FOLDER"] = "CIFAR10"
+    """As in SSL_cifar.main."""
     k: int = 50
     """Tokens. 50 in ClusterMIM's code for pixels, 100 for features."""
     patch_size: int = 4
