@@ -36,16 +36,18 @@ def names_in(only: str, known: Iterable[str]) -> list[str]:
     return names
 
 
-def alternate_ms(functions: Mapping[str, Callable[[], object]], *, rounds: int = 5) -> dict[str, float]:
+def alternate_ms(
+    functions: Mapping[str, Callable[[], object]], *, rounds: int = 5, clock: Callable[[], float] = timer
+) -> dict[str, float]:
     """Median time in ms of each function, taken in turns so that a slow minute of the machine hits all of them."""
     for function in functions.values():  # to warm up
         function()
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            start = timer()
+            start = clock()
             function()
-            taken[name].append((timer() - start) * 1e3)
+            taken[name].append((clock() - start) * 1e3)
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
