@@ -132,6 +132,8 @@ class Evaluation:
             for name in SHIFTS if self.config.shifts else ():
                 shifted = self.features(method, self.test, name)
                 numbers[f"linear_accuracy_{name}"] = accuracy(classifier(shifted[0]), shifted[1])
+            if self.config.shifts:
+                numbers["shifted_accuracy"] = sum(numbers[f"linear_accuracy_{name}"] for name in SHIFTS) / len(SHIFTS)
         found, arrays = diagnostics.collect(method, self._diagnosed())
         method.train()
         return numbers | found, arrays

@@ -67,9 +67,10 @@ cpu_attn() {
     run "$SEEDS" attn/beta4 contrast_cpu.yaml --method simclr_attn --beta 4
 }
 cpu_arcl() {
-    run "$FEW_SEEDS" arcl/worst4 contrast_cpu.yaml --method arcl --num_views 4
-    run "$FEW_SEEDS" arcl/average4 contrast_cpu.yaml --method arcl --num_views 4 --align average
-    run "$FEW_SEEDS" arcl/simclr30 contrast_cpu.yaml --method simclr --epochs 30 # as many passes
+    local arcl="contrast_cpu.yaml --method arcl --num_views 4 --shifts"
+    run "$FEW_SEEDS" arcl/worst4 $arcl
+    run "$FEW_SEEDS" arcl/average4 $arcl --align average
+    run "$FEW_SEEDS" arcl/simclr30 contrast_cpu.yaml --method simclr --epochs 30 --shifts # as many passes
 }
 cpu_multi() {
     local lam
@@ -226,7 +227,7 @@ table() {
 if [ "$PRESET" = cpu ]; then
     table rdm "RDM-SimSiam online poly σ=0" erank_cov_h
     table attn "SimCLR τ=0.5"
-    table arcl "AAL m=4 τ=0.5" worst_alignment
+    table arcl "AAL m=4 τ=0.5" worst_alignment shifted_accuracy
     table multi "SimSiam-Multi λ=0" train_loss
     table mim MAE
     table ar AR next_token_nll
