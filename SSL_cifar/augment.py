@@ -27,6 +27,7 @@ STATISTICS = {  # mean and standard deviation of the training images
 }
 GREY = (0.299, 0.587, 0.114)  # weights of red, green and blue in a grey value, ITU-R 601
 ATTEMPTS = 10  # at a crop of the drawn area and shape, before the whole image is taken (torchvision's number)
+SOLARIZED_FROM = 128 / 255
 BLUR_SIGMA = (0.1, 2.0)  # pixels; SimCLR, MoCo v2
 _TO_YIQ = torch.tensor([GREY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)], dtype=torch.float64)
 # Places of a view's uniform draws.
@@ -92,14 +93,12 @@ class Augment:
         """
         boxes = crop_boxes(draws[..., _CROP], images.shape[2] / images.shape[3], self.preset.scale)
         flips = draws[..., _FLIP] < self.preset.flip
-        views = crop(images, boxes, flips, self.size)  # (B, V, 3, S, S)
-        rows = draws.flatten(0, 1)  # (B·V, DRAWS)
+        views = crop(images, boxes, flips, self.size)  # (V, B, 3, S, S)
+        rows = draws.transpose(0, 1).flatten(0, 1)  # (V·B, DRAWS)
+        turn = torch.arange(self.views, device=images.device).repeat_interleave(len(images))
         x = self._colour(views.flatten(0, 1), rows)
-        turn = torch.arange(len(rows), device=x.device) % self.views
-        x = self._blur(x, rows, turn)
-        solarize = torch.tensor(self.preset.solarize, device=x.device)[turn % len(self.preset.solarize)]
-        x = torch.where(((rows[:, _SOLARIZED] < solarize).view(-1, 1, 1, 1)) & (x >= 128 / 255), 1 - x, x)
-        return self.normalize(x).view(views.shape), boxes, flips
+        x = self._solarize(self._blur(x, rows, turn), rows, turn)
+        return self.normalize(x).view(views.shape).transpose(0, 1), boxes, flips
 
     def clean(self, images: Tensor, ratio: float, change: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
         """Images (B, 3, H, W), uint8, as evaluation sees them: the centre of the size / `ratio` pixels large image.
@@ -110,13 +109,13 @@ class Augment:
         side = min(height, width) * ratio
         box = torch.tensor([(1 - side / height) / 2, (1 - side / width) / 2, side / height, side / width])
         boxes = box.to(images.device).expand(len(images), 1, 4)
-        whole = crop(images, boxes, boxes.new_zeros(len(images), 1, dtype=torch.bool), self.size)[:, 0]
+        whole = crop(images, boxes, boxes.new_zeros(len(images), 1, dtype=torch.bool), self.size)[0]
         return self.normalize(change(whole))
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Subtract the mean, divide by the standard deviation; x (B, 3, S, S) in [0, 1]."""
+        """Subtract the mean and divide by the standard deviation, in place; x (B, 3, S, S) in [0, 1]."""
         mean, std = (x.new_tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
-        return (x - mean) / std
+        return x.sub_(mean).div_(std)
 
     def _colour(self, x: Tensor, rows: Tensor) -> Tensor:
         """Jitter in drawn order and greyscale, as one matrix and one offset for each image; clamped to [0, 1]."""
@@ -128,7 +127,7 @@ class Augment:
         greyed = (rows[:, _GREYED] < preset.grey).view(-1, 1, 1)
         matrix = torch.where(greyed, grey @ matrix, matrix)
         offset = torch.where(greyed, grey @ offset, offset)
-        return torch.baddbmm(offset, matrix, x.flatten(2)).view(x.shape).clamp(0, 1)
+        return torch.baddbmm(offset, matrix, x.flatten(2)).view(x.shape).clamp_(0, 1)
 
     def _blur(self, x: Tensor, rows: Tensor, turn: Tensor) -> Tensor:
         """Gaussian blur of the views that have drawn it."""
@@ -146,6 +145,14 @@ class Augment:
         images = F.conv2d(images, kernel[:, :, None, :], groups=len(kernel))
         images = F.conv2d(images, kernel[:, :, :, None], groups=len(kernel))
         return x.masked_scatter(chosen.view(-1, 1, 1, 1), images)
+
+    def _solarize(self, x: Tensor, rows: Tensor, turn: Tensor) -> Tensor:
+        """Bright values inverted, in the views that have drawn it."""
+        if not any(self.preset.solarize):
+            return x
+        share = torch.tensor(self.preset.solarize, device=x.device)[turn % len(self.preset.solarize)]
+        chosen = (rows[:, _SOLARIZED] < share).view(-1, 1, 1, 1)
+        return torch.where(chosen & (x >= SOLARIZED_FROM), 1 - x, x)
 
 
 def crop_boxes(draws: Tensor, shape: float, scale: tuple[float, float] | None) -> Tensor:
@@ -177,36 +184,36 @@ def crop_boxes(draws: Tensor, shape: float, scale: tuple[float, float] | None) -
 
 
 def crop(images: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
-    """Cut `boxes` (B, V, 4) out of images (B, 3, H, W), uint8, mirror and resize: (B, V, 3, size, size) in [0, 1]."""
-    height, width = images.shape[2:]
-    if max(height, width) > size:
+    """Cut `boxes` (B, V, 4) out of images (B, 3, H, W), uint8, mirror and resize: (V, B, 3, size, size) in [0, 1]."""
+    if max(images.shape[2:]) > size:
         return _crop_antialiased(images, boxes, flips, size)
-    top, left, tall, wide = boxes.unbind(-1)  # (B, V)
+    top, left, tall, wide = boxes.transpose(0, 1)[..., None].unbind(-2)  # (V, B, 1)
     places = (torch.arange(size, device=images.device) + 0.5) / size
-    across = torch.where(flips[..., None], 1 - places, places)
-    x = 2 * (left[..., None] + wide[..., None] * across) - 1  # (B, V, size), -1 and 1 at the image's edges
-    y = 2 * (top[..., None] + tall[..., None] * places) - 1
-    shape = (*x.shape, size)
-    grid = torch.stack([x[:, :, None, :].expand(shape), y[:, :, :, None].expand(shape)], -1)  # (B, V, size, size, 2)
-    views = F.grid_sample(
-        images.to(grid.dtype) / 255, grid.flatten(1, 2), mode="bicubic", padding_mode="border", align_corners=False
-    )  # (B, 3, V·size, size)
-    return views.unflatten(2, (-1, size)).transpose(1, 2).clamp(0, 1)
+    across = torch.where(flips.T[..., None], 1 - places, places)
+    x = 2 * (left + wide * across) - 1  # (V, B, size), -1 and 1 at the image's edges
+    y = 2 * (top + tall * places) - 1
+    pixels = images.to(x.dtype).div_(255)
+    views = x.new_empty(*x.shape[:2], 3, size, size)
+    for view, across, down in zip(views, x, y, strict=True):
+        grid = torch.stack(torch.broadcast_tensors(across[:, None, :], down[:, :, None]), -1)  # (B, size, size, 2)
+        sampled = F.grid_sample(pixels, grid, mode="bicubic", padding_mode="border", align_corners=False)
+        torch.clamp(sampled, 0, 1, out=view)
+    return views
 
 
 def _crop_antialiased(images: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
     """As `crop`, for images that are larger than their views: whole pixels, torchvision's antialiased bicubic."""
     scale = torch.tensor([*images.shape[2:]] * 2)
-    pixels = (boxes.cpu() * scale).round().int()
+    pixels = (boxes.transpose(0, 1).cpu() * scale).round().int()
     views = [
         resized_crop(
-            image, *(top, left), max(tall, 1), max(wide, 1), [size, size], InterpolationMode.BICUBIC, antialias=True
+            image, top, left, max(tall, 1), max(wide, 1), [size, size], InterpolationMode.BICUBIC, antialias=True
         )
-        for image, rows in zip(images, pixels.tolist(), strict=True)
-        for top, left, tall, wide in rows
+        for rows in pixels.tolist()
+        for image, (top, left, tall, wide) in zip(images, rows, strict=True)
     ]
-    stacked = torch.stack(views).unflatten(0, boxes.shape[:2]).float() / 255
-    return torch.where(flips[..., None, None, None], stacked.flip(-1), stacked)
+    stacked = torch.stack(views).unflatten(0, pixels.shape[:2]).to(boxes.dtype).div_(255)
+    return torch.where(flips.T[..., None, None, None], stacked.flip(-1), stacked)
 
 
 def colour_matrix(
@@ -222,7 +229,7 @@ def colour_matrix(
     factors = 1 + (2 * rows[:, _COLOUR] - 1) * x.new_tensor(strength)  # (N, 4)
     brightness, contrast, saturation = factors[:, :3].clamp(min=0).unbind(1)
     eye, grey = torch.eye(3, device=x.device), x.new_tensor(GREY)
-    turn = 2 * math.pi * (factors[:, 3] - 1)
+    turn = -2 * math.pi * (factors[:, 3] - 1)  # in YIQ red, yellow and green follow one another clockwise
     rotation = torch.zeros(n, 3, 3, device=x.device)
     rotation[:, 0, 0] = 1
     rotation[:, 1, 1] = rotation[:, 2, 2] = turn.cos()
