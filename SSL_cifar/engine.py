@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class Trainer:
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-        self.data = load_data(config)
+        self.data = load_data(replace(config, cache=False))  # `Pixels` keeps what is to be kept
         self.bad_images = BadImages(config.on_bad_image)
         seed_everything(config.seed)
         method = methods.load(config.method)(config, backbones.build(config), len(self.data.train))  # type: ignore[arg-type]
