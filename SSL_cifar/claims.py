@@ -65,6 +65,7 @@ CLAIMS = (
     Claim("ClusterMIM", "few tokens better ones than many", "linear_accuracy", "ClusterMIM pixel K=50",
           "ClusterMIM pixel K=500"),
     Claim("look-ahead", "several targets ahead give better features than one", "linear_accuracy", "DAR K=4", "AR"),
+    Claim("look-ahead", "in the best layer too", "linear_accuracy_best_layer", "DAR K=4", "AR"),
     Claim("look-around", "a variable number of hidden tokens predicts the next token better than half",
           "next_token_nll", "masked r=0.1 to 0.9", "masked r=0.5", "lower"),
 )  # fmt: skip
@@ -114,7 +115,7 @@ def compare(frame: pd.DataFrame, claims: Sequence[Claim] = CLAIMS) -> pd.DataFra
 
 
 def _row(claim: Claim, found: Difference, p: float | None) -> dict[str, str]:
-    percent = claim.metric.endswith("accuracy")
+    percent = "accuracy" in claim.metric
     low, high = signed(found.low, percent), signed(found.high, percent)
     right = found.mean > 0 if claim.sign == "higher" else found.mean < 0
     verdict = ("shown" if p is not None and p < LEVEL else "not shown") if right else "contradicted"

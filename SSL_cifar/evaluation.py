@@ -96,15 +96,21 @@ class Evaluation:
             yield sample.image.to(self.device), sample.label, sample.usable
 
     @torch.no_grad()
-    def features(self, method: Method, half: Images | Pixels, shift: str | None = None) -> Labelled:
-        """Features in float32 and labels of all images of a half that can be decoded, on every process."""
+    def features(
+        self, method: Method, half: Images | Pixels, shift: str | None = None, *, layers: bool = False
+    ) -> Labelled:
+        """Features in float32 and labels of all images of a half that can be decoded, on every process.
+
+        With `layers` those of every layer, (n, L, D).
+        """
+        extract: Callable[[Tensor], Any] = method.layers if layers else method.features
         n = len(half)  # type: ignore[arg-type]
         share = -(-n // self.world)
         places = [min(place, n - 1) for place in range(self.rank * share, (self.rank + 1) * share)]
         parts = []
         for images, labels, usable in self.batches(half, places, shift=shift):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                features = method.features(images[:, 0]).float()
+                features = extract(images[:, 0]).float()
             parts.append((features, labels.to(self.device), usable.to(self.device, torch.uint8)))
         features, labels, usable = (gather(torch.cat(part))[:n] for part in zip(*parts, strict=True))
         return features[usable.bool()], labels[usable.bool()]
@@ -129,6 +135,7 @@ class Evaluation:
         if self.config.probe:
             classifier = linear_probe(train, self.classes)
             numbers["linear_accuracy"] = accuracy(classifier(test[0]), test[1])
+            numbers |= self.best_layer(method)
             for name in SHIFTS if self.config.shifts else ():
                 shifted = self.features(method, self.test, name)
                 numbers[f"linear_accuracy_{name}"] = accuracy(classifier(shifted[0]), shifted[1])
@@ -137,6 +144,22 @@ class Evaluation:
         found, arrays = diagnostics.collect(method, self._diagnosed())
         method.train()
         return numbers | found, arrays
+
+    def best_layer(self, method: Method) -> dict[str, float]:
+        """Linear accuracy of the layer that is best on a tenth of the training images, held out; {} without layers."""
+        size = self.config.crop_size
+        if method.layers(torch.zeros(1, 3, size, size, device=self.device)) is None:
+            return {}
+        (x, y), (queries, labels) = (self.features(method, half, layers=True) for half in (self.train, self.test))
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).to(y.device)
+        held, kept = order[: len(y) // 10], order[len(y) // 10 :]
+        scores = [
+            accuracy(linear_probe((x[kept, layer], y[kept]), self.classes)(x[held, layer]), y[held])
+            for layer in range(x.shape[1])
+        ]
+        best = max(range(len(scores)), key=scores.__getitem__)
+        found = linear_probe((x[:, best], y), self.classes)(queries[:, best])
+        return {"best_layer": best + 1, "linear_accuracy_best_layer": accuracy(found, labels)}
 
     def _diagnosed(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """The same test images, and the same views of them, in every run: (b, 3, S, S), unaugmented and four views."""

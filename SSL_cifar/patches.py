@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from SSL_cifar.config import Config
@@ -29,6 +30,12 @@ def small_head(width: int, outputs: int) -> nn.Linear:
     nn.init.trunc_normal_(layer.weight, std=0.02)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def mean_states(vit: VisionTransformer, images: Tensor, **options: Any) -> Tensor:
+    """Mean over the patches after each block and the final norm, (B, L, D), of images (B, 3, S, S)."""
+    found = vit.forward_intermediates(images, norm=True, output_fmt="NLC", intermediates_only=True, **options)
+    return torch.stack([states.mean(dim=1) for states in found], dim=1)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

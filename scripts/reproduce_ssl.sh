@@ -217,7 +217,7 @@ table() {
     records="$(found "$part")"
     if [ -z "$records" ]; then return; fi
     for metric in knn_accuracy linear_accuracy "${@:3}"; do
-        case "$metric" in *accuracy) percent="--percent" ;; *) percent="--no_percent" ;; esac
+        case "$metric" in *accuracy*) percent="--percent" ;; *) percent="--no_percent" ;; esac
         "$PYTHON" -m repro.report.tables --preset ssl --records "$records" --against "$base" --metric "$metric" \
             "$percent" --output "$folder/$part-$metric.md"
     done
@@ -230,7 +230,7 @@ if [ "$PRESET" = cpu ]; then
     table arcl "AAL m=4 τ=0.5" worst_alignment shifted_accuracy
     table multi "SimSiam-Multi λ=0" train_loss
     table mim MAE
-    table ar AR next_token_nll
+    table ar AR linear_accuracy_best_layer next_token_nll
     records="$(found ar)"
     if [ -n "$records" ]; then
         "$PYTHON" -m repro.report.figures --records "$records" --kind prefix --output "$folder/ar-prefix.png"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from SSL_cifar.methods.base import Batch, Method, Out
-from SSL_cifar.patches import at_least_float32, small_head
+from SSL_cifar.patches import at_least_float32, mean_states, small_head
 from SSL_cifar.tokens import TokenSettings, load_tokenizer
 
 
@@ -51,6 +51,10 @@ class AR(Method):
     def features(self, images: Tensor) -> Tensor:
         """Mean state, (B, D)."""
         return self.states(images).mean(dim=1)
+
+    def layers(self, images: Tensor) -> Tensor:
+        """Mean state of each layer, (B, L, D): the last ones are made for prediction."""
+        return mean_states(self.backbone, images, is_causal=True)
 
     def forward(self, views: list[Tensor], batch: Batch) -> Out:
         """`row_loss` (B,) of one view of each image, (B, 3, S, S): the mean over offsets and positions."""

@@ -101,6 +101,10 @@ class Method(nn.Module):
         features: Tensor = self.backbone(images)
         return features
 
+    def layers(self, images: Tensor) -> Tensor | None:
+        """`features` of every layer, (B, L, D), of images (B, 3, S, S); None where there is one."""
+        return None
+
     def likelihood(self, images: Tensor) -> Tensor | None:
         """Negative log-likelihood, in nats, of each token given those before it, (B, T - 1); None without tokens."""
         return None

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from SSL_cifar.methods.base import Batch, Method, Out
-from SSL_cifar.patches import at_least_float32, check_ratio, masked_mean, random_masks, small_head, suffix_masks
+from SSL_cifar.patches import (
+    at_least_float32,
+    check_ratio,
+    masked_mean,
+    mean_states,
+    random_masks,
+    small_head,
+    suffix_masks,
+)
 from SSL_cifar.tokens import TokenSettings, load_tokenizer
 
 
@@ -74,6 +82,10 @@ class VLM(Method):
         self.encode = MaskedVisionTransformerTIMM(
             backbone, self.mask_token, weight_initialization="skip", pos_embed_initialization="skip"
         ).encode
+
+    def layers(self, images: Tensor) -> Tensor:
+        """Mean state of each layer, (B, L, D): the last ones are made for prediction."""
+        return mean_states(self.backbone, images)
 
     def forward(self, views: list[Tensor], batch: Batch) -> Out:
         """`row_loss` (B,) of one view of each image, (B, 3, S, S)."""

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
 from SSL_cifar import patches, tokens
+from SSL_cifar.evaluation import Evaluation
 from SSL_cifar.methods import load
 from SSL_cifar.methods.base import Batch
 
@@ -346,6 +347,36 @@ def test_likelihood_of_each_token_given_its_prefix(name, centres):
         mask = torch.arange(T) >= 3
         logits = method.head(method.encode(x, mask=mask.expand(4, -1)))
         torch.testing.assert_close(found[:, 2], -logits[:, 3].log_softmax(1).gather(1, y[:, 3:4])[:, 0])
+
+
+@pytest.mark.parametrize("name", ["ar", "dar", "vlm"])
+def test_layers_end_with_the_features(name, centres):
+    method, x = build(name, center_path=centres()), images()
+    layers = method.layers(x)
+    assert layers.shape == (4, 2, 24)
+    torch.testing.assert_close(layers[:, -1], method.features(x))
+    assert not torch.equal(layers[:, 0], layers[:, 1])
+    assert build("mae").layers(x) is None
+
+
+def test_the_best_layer_is_chosen_without_the_test_images(centres, monkeypatch):
+    """Of three layers the second tells the classes apart; the third does so on the test images alone."""
+    evaluation = Evaluation.__new__(Evaluation)
+    evaluation.config, evaluation.device, evaluation.classes = settings_of("mae"), torch.device("cpu"), 2
+    evaluation.train, evaluation.test = "train", "test"
+    generator = torch.Generator().manual_seed(0)
+
+    def features(method, half, *, layers):
+        labels = torch.arange(200) % 2
+        x = torch.randn(200, 3, 5, generator=generator)
+        x[:, 1 if half == "train" else 2] += 2 * labels.unsqueeze(1)
+        x[:, 1] += labels.unsqueeze(1) * (half == "test")
+        return x, labels
+
+    monkeypatch.setattr(evaluation, "features", features, raising=False)
+    found = evaluation.best_layer(build("ar", center_path=centres()).float())
+    assert found["best_layer"] == 2 and 0.6 < found["linear_accuracy_best_layer"] < 1
+    assert evaluation.best_layer(build("mae").float()) == {}
 
 
 # -- every method ----------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from repro.errors import UserError
 from SSL_cifar import tcas, tokens
 from SSL_cifar.backbones import ResNet
+from SSL_cifar.main import main
 
 
 def header(**changes) -> tokens.Header:
@@ -244,3 +247,20 @@ def test_teachers_that_do_not_fit(teacher):
     (folder / "args.yaml").write_text("backbone: vit_micro")
     with pytest.raises(UserError, match="not the folder of a run"):
         tokens.build_patches(feature_config(folder))
+
+
+def test_the_lines_of_the_readme_run_in_their_order(root, parquet, tmp_path):  # noqa: F811
+    text = (root / "SSL_cifar/README.md").read_text().replace("out/ssl", str(tmp_path))
+    lines = [
+        line.split() for line in re.findall(r"^python -m (SSL_cifar.*(?:tokens|center_path).*)", text, re.MULTILINE)
+    ]
+    assert [words[0].split(".")[1] for words in lines] == ["tokens", "main", "tokens", "main"]
+    small = f"--data_path {parquet} --max_train_samples 8 --num_workers 0".split()
+    for module, *words in lines:
+        if module == "SSL_cifar.tokens":
+            tokens.main([*words, *small, "--k", "6"])
+        else:
+            config = words.index("--config") + 1
+            words[config] = str(root / words[config])
+            main([*words, *small, *"--batch_size 8 --epochs 1 --warmup_epochs 0 --cpu --no_probe".split()])
+        assert (Path(words[words.index("--output_dir") + 1]) / "record.json").exists()
