@@ -44,6 +44,7 @@ FASTER = {
     ("arcl", "8 views"): 1.0,
 }
 CLOCK = {} if DEVICE == "cuda" else {"clock": time.process_time}
+BANK_ROWS = 50_000  # of `memory`: CIFAR's images
 OUTSIDE = 0.1  # most of a step
 STEPS = {
     "rdm_simsiam": "siamese_cpu.yaml --pred_location target --sigma -1",
@@ -197,8 +198,8 @@ def memory(config: Config) -> Iterator[Rows]:
         ("NT-Xent", "2 x 256 rows"): lambda: contrast(256),
         ("NT-Xent", "2 x 1,024 rows"): lambda: contrast(1024),
         ("filter online", "256 x 2048"): lambda: online(256, 2048),
-        ("bank", "50,000 x 2048, float32"): lambda: IndexBank(50_000, 2048),
-        ("bank", "50,000 x 512, bfloat16"): lambda: IndexBank(50_000, 512, torch.bfloat16),
+        ("bank", f"{BANK_ROWS:,} x 2048, float32"): lambda: IndexBank(BANK_ROWS, 2048),
+        ("bank", f"{BANK_ROWS:,} x 512, bfloat16"): lambda: IndexBank(BANK_ROWS, 512, torch.bfloat16),
     }
     for (form, case), function in cases.items():
         yield [{"part": "memory", "case": case, "form": form, "extra MiB": peak_extra_mb(function)}]

@@ -12,7 +12,8 @@ from contranorm import spectral_filter
 from repro.errors import UserError
 
 
-def test_every_part_is_measured_against_its_plain_form(tmp_path, capsys):
+def test_every_part_is_measured_against_its_plain_form(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ssl, "BANK_ROWS", 2_000)
     path = tmp_path / "ssl.json"
     ssl.main(["--only", "augment,filter,bank,memory", "--rounds", "1", "--images", "8", "--json", str(path)])
     content = json.loads(path.read_text())
