@@ -89,13 +89,15 @@ class Config:
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    """One line per tokenizer: K, its TCAS and those beside it, perplexity, patches per class."""
+    """One line per tokenizer: side of a patch in pixels, K, patches per class, TCAS and those beside it, perplexity."""
     names = {
-        "tokens": "tokens", "k": "K", "patches_per_class": "patches per class", "tcas": "TCAS",
+        "tokens": "tokens", "patch_size": "patch", "k": "K", "patches_per_class": "patches per class", "tcas": "TCAS",
         "tcas_random": "random, expected", "tcas_drawn": "random, drawn", "tcas_shuffled": "shuffled",
         "tcas_identity": "one per patch", "perplexity": "perplexity",
     }  # fmt: skip
-    frame = pd.DataFrame(sorted(rows, key=lambda row: (row["tokens"], row["k"])))[list(names)].rename(columns=names)
+    frame = pd.DataFrame(sorted(rows, key=lambda row: (row["tokens"], row["patch_size"], row["k"])))[
+        list(names)
+    ].rename(columns=names)
     return markdown_table(frame.map(lambda value: f"{value:.3f}" if isinstance(value, float) else value))
 
 

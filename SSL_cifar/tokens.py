@@ -42,6 +42,7 @@ from SSL_cifar.config import Config
 from SSL_cifar.methods import load as load_method
 from SSL_cifar.patches import PatchSettings
 
+PRELOAD = ("SSL_cifar.tokens",)  # what a process that starts many runs imports once for all of them
 CENTRES = "centres.safetensors"
 IMAGES_PER_BATCH = 256
 VECTORS_PER_STEP = 16_384  # of mini-batch k-means
@@ -350,7 +351,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             metrics, protocol=f"{config.data_set} train split, all patches", selection="the fitted centres",
             patches_per_class=per_class, fit_seconds=fit_seconds, bad_images=list(source.bad.names),
         )  # fmt: skip
-        row = {"tokens": config.label().method, "k": config.k, "patches_per_class": per_class, **metrics}
+        row = {"tokens": config.label().method, "patch_size": config.patch_size, "k": config.k}
+        row |= {"patches_per_class": per_class, **metrics}
         print(tcas.table([row]), end="")
         print(f"{run.folder / CENTRES}")
 

@@ -5,7 +5,8 @@
 #   PRESET=paper bash scripts/reproduce_ssl.sh --dry-run            the published sizes: published accuracy and GPU hours
 # Parts: rdm (RDM, SimSiam, BYOL), attn (SimCLR-Attn), arcl (ArCL), multi (SimSiam-Multi), tokens (k-means and TCAS),
 # mim (MAE, ClusterMIM; needs tokens), ar (AR, DAR, masked; needs tokens). Arguments go to repro.sweep; re-running the
-# command resumes. RECORDS names finished records: their cells are not trained again.
+# command resumes. RECORDS names finished records, one file for each part (rdm.jsonl, ...; repro.report.collect makes them):
+# their cells are not trained again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
@@ -211,18 +212,23 @@ found() {
     fi
     echo "${list:+[$list]}"
 }
+report() { "$PYTHON" -m "$@" || status=1; } # one that fails does not keep the others
 # table PART BASE [METRIC ...]: each metric against the base; those that are no accuracy as they are.
 table() {
-    local records part="$1" base="$2" metric
+    local records part="$1" base="$2" metric percent
+    if ! has "$part"; then return; fi
     records="$(found "$part")"
     if [ -z "$records" ]; then return; fi
     for metric in knn_accuracy linear_accuracy "${@:3}"; do
         case "$metric" in *accuracy*) percent="--percent" ;; *) percent="--no_percent" ;; esac
-        "$PYTHON" -m repro.report.tables --preset ssl --records "$records" --against "$base" --metric "$metric" \
-            "$percent" --output "$folder/$part-$metric.md"
+        report repro.report.tables --preset ssl --records "$records" --against "$base" --metric "$metric" "$percent" \
+            --output "$folder/$part-$metric.md"
     done
-    "$PYTHON" -m repro.report.figures --records "$records" --kind spectrum --output "$folder/$part-spectrum.png"
-    "$PYTHON" -m repro.report.figures --records "$records" --kind curves --output "$folder/$part-curves.png"
+    report repro.report.figures --records "$records" --kind spectrum --output "$folder/$part-spectrum"
+    report repro.report.figures --records "$records" --kind curves --output "$folder/$part-curves"
+    if [ "$part" = ar ]; then
+        report repro.report.figures --records "$records" --kind prefix --output "$folder/$part-prefix"
+    fi
 }
 if [ "$PRESET" = cpu ]; then
     table rdm "RDM-SimSiam online poly σ=0" erank_cov_h
@@ -231,19 +237,15 @@ if [ "$PRESET" = cpu ]; then
     table multi "SimSiam-Multi λ=0" train_loss
     table mim MAE
     table ar AR linear_accuracy_best_layer next_token_nll
-    records="$(found ar)"
-    if [ -n "$records" ]; then
-        "$PYTHON" -m repro.report.figures --records "$records" --kind prefix --output "$folder/ar-prefix.png"
-    fi
     records="$(found tokens)"
-    if [ -n "$records" ]; then "$PYTHON" -m SSL_cifar.tcas --records "$records" --output "$folder/tokens.md"; fi
-    everything="$(for part in $PARTS; do found "$part" | tr -d '[]'; done | paste -sd,)"
-    "$PYTHON" -m SSL_cifar.claims --records "[$everything]" --output "$folder/claims.md"
+    if has tokens && [ -n "$records" ]; then report SSL_cifar.tcas --records "$records" --output "$folder/tokens.md"; fi
+    everything="$(for part in $PARTS; do found "$part" | tr -d '[]'; done | grep . | paste -sd,)"
+    report SSL_cifar.claims --records "[$everything]" --output "$folder/claims.md"
 else
     for part in $PARTS; do
         records="$(found "$part")"
         if [ -n "$records" ] && [ "$part" != tokens ]; then
-            "$PYTHON" -m repro.report.tables --preset ssl --records "$records" --output "$folder/$part.md"
+            report repro.report.tables --preset ssl --records "$records" --output "$folder/$part.md"
         fi
     done
 fi

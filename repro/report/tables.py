@@ -170,8 +170,9 @@ def differences(cells: pd.DataFrame, keys: list[str], config: Config) -> pd.Data
     Raises:
         UserError: no row is called so, or no other has a cell in common with it.
     """
-    field, _, value = (config.against or "").rpartition("=")
-    field = field or next((name for name in ("method", "family") if name in keys), "")
+    field, _, value = (config.against or "").partition("=")
+    if field not in keys:  # a method, whose name may hold an =
+        field, value = next((name for name in ("method", "family") if name in keys), ""), str(config.against)
     if field not in keys or value not in set(cells[field].map(text_of)):
         raise UserError(f"--against {config.against}: no such row; write a method, or field=value of a field of --rows")
     others = [key for key in keys if key != field]

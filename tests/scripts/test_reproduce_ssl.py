@@ -175,7 +175,7 @@ def test_the_report_reads_what_was_run(heard, hear, root, tmp_path):
     calls, _ = hear(SCRIPT, PARTS="multi ar", RESULTS=str(runs), RECORDS=str(tmp_path / "ssl" / "ar.jsonl"))
     reports = [call.split(maxsplit=2) for call in calls if "repro.sweep" not in call]
     assert Counter(words[1] for words in reports) == {
-        "repro.report.tables": 6, "repro.report.figures": 5, "SSL_cifar.claims": 1,
+        "repro.report.tables": 7, "repro.report.figures": 5, "SSL_cifar.claims": 1,
     }  # fmt: skip
     for _, module, flags in reports:
         words = shlex.split(re.sub(r"--against (.*?) --metric", r"--against '\1' --metric", flags))

@@ -152,7 +152,7 @@ def test_two_colours_become_two_tokens(folder, tmp_path, capsys):
     assert record["metrics"]["tcas_random"] == tcas.tcas_of_random_tokens(2, 48, 2)
     assert record["patches_per_class"] == 24
     printed = capsys.readouterr().out
-    assert "| pixel k-means | 2 | 24" in printed
+    assert "| pixel k-means | 4     | 2 | 24" in printed
     tcas.main([str(tmp_path / "run")])
     assert capsys.readouterr().out in printed
     tokenizer = tokens.load_tokenizer(tmp_path / "run" / tokens.CENTRES)

@@ -259,6 +259,8 @@ def test_self_supervised_runs_are_paired_by_seed_and_stand_beside_what_is_publis
     write(0.0, "SimSiam", [1, 0])
     folder = write(0.01, "SimSiam-Multi λ=0.5", [2, 0.5])
     text = table(folder, "--preset", "ssl", "--against", "SimSiam", rows="")
+    for other in ("SimSiam-Multi λ=0.5", "method=SimSiam-Multi λ=0.5"):  # a name that holds an =
+        assert "-1.00" in table(folder, "--preset", "ssl", "--against", other, rows="")
     base, multi = cells_of(text)
     assert (base["method"], multi["method"]) == ("SimSiam", "SimSiam-Multi λ=0.5")
     assert "+1.00" in multi["mean ± std (n)"] and "unpaired" not in text
