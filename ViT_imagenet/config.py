@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from contranorm.options import ContraNormOptions
 from contranorm.variants import VariantOptions, argument
-from repro.config import CellLabel, RunConfig
-from repro.errors import UserError
+from repro.config import CellLabel
 from repro.holdout import check_hold_out
+from repro.images.config import ImageFields
 
 FUSED_OPTIMIZERS = ("adam", "adamw", "sgd")
 
 
 @dataclass(kw_only=True)
-class Config(ContraNormOptions, VariantOptions, RunConfig):
+class Config(ContraNormOptions, VariantOptions, ImageFields):
     """Training, evaluation and fine-tuning of DeiT with or without ContraNorm, or one of its rivals."""
 
     EXECUTION_FIELDS: ClassVar[tuple[str, ...]] = (
-        *RunConfig.EXECUTION_FIELDS, "implementation", "data_path", "download", "num_workers", "cache", "cpu",
-        "channels_last", "fused_optimizer", "checkpoint_every", "eval_every", "probe", "grad_checkpointing",
+        *ImageFields.EXECUTION_FIELDS, "implementation", "cpu", "channels_last", "fused_optimizer",
+        "checkpoint_every", "eval_every", "probe", "grad_checkpointing",
     )  # fmt: skip
 
     # -- model
@@ -52,32 +51,9 @@ class Config(ContraNormOptions, VariantOptions, RunConfig):
     drop_path: float = 0.1
     """Stochastic depth, rising from 0 to this over the blocks. DeiT's value."""
 
-    # -- data
-    data_path: str | None = None
-    """Folder of the data set: train/ and val/ image folders, or train-*.parquet and test-* or validation-*.parquet. By
-    default the data set's folder below --data_root."""
-    data_set: Literal["IMNET", "IMNET100", "CIFAR10", "CIFAR", "CIFAR100", "TINY", "FOLDER"] = "IMNET"
-    """IMNET100 is the 100 classes of imagenet100_classes.txt, in a folder with these or all of ImageNet. CIFAR is
-    CIFAR100, as in DeiT."""
-    class_list: str | None = None
-    """File with one class folder (WordNet id) per line: only these are used, in sorted order; `all` uses every folder
-    there. Unset: imagenet100_classes.txt for IMNET100, else all."""
-    download: bool = False
-    """Let torchvision download CIFAR into --data-path when it is not there."""
-    on_bad_image: Literal["fail", "skip"] = "fail"
-    """An image that cannot be decoded: stop, or name it, count it, and continue (training takes the next image
-    instead, evaluation leaves it out)."""
-    max_train_samples: int | None = None
-    """Train on this many images, drawn once, the same for every seed."""
-    max_test_samples: int | None = None
-    """Evaluate on this many images, drawn once. The record's protocol says so."""
     hold_out: float | None = None
     """Share of the training images, the same for every seed, that is not trained on and evaluated in place of the test
     images, as validation: to choose settings by (repro.tune). Unset: none."""
-    cache: bool = False
-    """Decode every image once and keep the pixels: for data sets of small images of one size that fit in memory."""
-    num_workers: int = 10
-    """Processes that decode and augment, per training process; 0 does it in the training process."""
 
     # -- optimization
     epochs: int = 300
@@ -223,12 +199,11 @@ class Config(ContraNormOptions, VariantOptions, RunConfig):
         for name in ("layer_scale_init", "patch_diversity_weight"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} must be at least 0 and finite, got {getattr(self, name)}")
-        if self.data_set == "CIFAR":
-            self.data_set = "CIFAR100"
+        self.check_image_fields()
         for name in ("depth", "epochs", "batch_size", "accumulate", "eval_every", "recount"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_workers", "checkpoint_every", "warmup_epochs", "seed"):
+        for name in ("checkpoint_every", "warmup_epochs", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
         for name in ("drop", "drop_path", "reprob", "mixup_prob", "mixup_switch_prob", "distillation_alpha"):
@@ -247,8 +222,8 @@ class Config(ContraNormOptions, VariantOptions, RunConfig):
             )
         if self.src and not self.three_augment:
             raise ValueError("--src belongs to --three_augment: add it, or leave --src out")
-        for name in ("lr", "effective_batch", "eval_crop_ratio", "distillation_tau", "max_train_samples",
-                     "max_test_samples", "input_size", "clip_grad"):  # fmt: skip
+        for name in ("lr", "effective_batch", "eval_crop_ratio", "distillation_tau", "input_size",
+                     "clip_grad"):  # fmt: skip
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
         if self.mixes and self.batch_size % 2:
@@ -265,13 +240,6 @@ class Config(ContraNormOptions, VariantOptions, RunConfig):
             raise ValueError("--reset_head needs --finetune or --pretrained")
         if sum(map(bool, (self.resume, self.finetune, self.pretrained))) > 1:
             raise ValueError("--resume, --finetune and --pretrained are different starting points: give one")
-        if self.class_list and self.data_set not in ("IMNET", "IMNET100", "FOLDER"):
-            raise ValueError(f"--class_list chooses class folders; --data_set {self.data_set} has none")
-
-    def check_folders(self) -> None:
-        """Refuse a data_path that is not there, before anything is loaded; `RunConfig` does so for data_root."""
-        if self.data_path is not None and not Path(self.data_path).is_dir() and not self.download:
-            raise UserError(f"--data_path {self.data_path}: no such folder")
 
     def label(self) -> CellLabel:
         """Data set, model and depth; vanilla, ContraNorm with its step, the variant, or both of these."""

@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 from pathlib import Path
-from pickle import UnpicklingError  # what torch.load(weights_only=True) raises; nothing is unpickled
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models.vision_transformer import checkpoint_filter_fn
@@ -22,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contranorm import ContraNorm
-from repro.checkpoint import list_checkpoints, read_checkpoint
 from repro.config import load_yaml
 from repro.errors import UserError
+from repro.weights import read_weights
 from ViT_imagenet.attention import NEW_PARAMETERS, apply_variant
 from ViT_imagenet.config import Config
 from ViT_imagenet.models import SUFFIX, contra_norm_sites
@@ -84,41 +81,6 @@ def describe_norms(model: nn.Module) -> str:
         f"tau={one.tau}, identity={one.identity}, symmetric={one.symmetric}, pre_norm={one.pre_norm}, "
         f"learnable={one.learnable})" + (f"; plain: {', '.join(rest)}" if rest else "")
     )
-
-
-def read_weights(path: str) -> dict[str, torch.Tensor]:
-    """State dict from a run folder, a checkpoint folder, a .safetensors file, or a .pth that holds tensors only."""
-    place = Path(path)
-    try:
-        if place.is_dir():
-            if (place / "model.safetensors").exists():
-                return load_file(place / "model.safetensors")
-            return dict(_read_newest(place)["model"])
-        if place.suffix == ".safetensors":
-            return load_file(place)
-        tree = torch.load(place, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError, EOFError, UnpicklingError) as error:
-        raise UserError(f"{path}: no weights readable there ({error})") from error
-    return dict(tree.get("model", tree))
-
-
-def read_state(path: str) -> dict[str, Any]:
-    """The whole training state of a run folder or checkpoint folder, for `--resume`."""
-    try:
-        return dict(_read_newest(Path(path)))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--resume {path}: no checkpoint to resume from ({error}); finished runs keep only weights, for --finetune"
-        ) from error
-
-
-def _read_newest(place: Path) -> Any:
-    """The state in a checkpoint folder, or in the newest one of a run folder."""
-    inside = list_checkpoints(place / "checkpoints") or list_checkpoints(place)
-    found = [place] if place.name.startswith("step-") else inside
-    if not found:
-        raise ValueError("neither model.safetensors nor a checkpoint")
-    return read_checkpoint(found[-1])["state"]
 
 
 def load_weights(model: nn.Module, path: str, *, reset_head: bool, new_steps: bool = False) -> None:

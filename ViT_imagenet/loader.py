@@ -7,74 +7,24 @@ generator state.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 from torchvision import transforms as T
 
 from repro.errors import UserError
-from repro.seeding import seed_everything
+from repro.images.loader import SampleRef
+from repro.seeding import derive_seed
 from ViT_imagenet.config import Config
-from ViT_imagenet.data import BadImageError, Images
 
 REPEATS = 3  # of repeated augmentation, as in DeiT
 SMALL_IMAGE = 64  # up to this side a random crop of the padded image replaces the random resized crop
-_MAX_REPLACEMENTS = 100
-
-
-def derive_seed(*parts: int) -> int:
-    """A 32-bit seed from a path of numbers, e.g. (seed, epoch, step)."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
-
-
-class SampleRef(NamedTuple):
-    """One sample to fetch: the image's number, and the seed of its augmentation (None in evaluation)."""
-
-    index: int
-    seed: int | None
-
-
-class Sample(NamedTuple):
-    """One image ready for the model; a batch has the same fields, collated."""
-
-    image: Tensor  # (3, H, W)
-    label: int
-    bad: str  # names of the images that could not be decoded, one per line; usually ""
-    usable: bool  # False: nothing to count (evaluation of a bad image)
-
-
-class Augmented(Dataset[Sample]):
-    """Decodes and transforms image `ref.index`, in the worker process."""
-
-    def __init__(self, source: Images, transform: T.Compose, size: int) -> None:
-        self.source = source
-        self.transform = transform
-        self.size = size
-
-    def __getitem__(self, ref: SampleRef) -> Sample:
-        index, bad = ref.index, []
-        for _ in range(_MAX_REPLACEMENTS):
-            try:
-                image, label = self.source[index]
-            except BadImageError as error:
-                bad.append(str(error))
-                if ref.seed is None:
-                    return Sample(torch.zeros(3, self.size, self.size), 0, bad[0], False)
-                index = (index + 1) % len(self.source)  # type: ignore[arg-type]
-                continue
-            if ref.seed is not None:
-                seed_everything(ref.seed)  # timm's and torchvision's transforms draw from all three generators
-            return Sample(self.transform(image), label, "\n".join(bad), True)
-        raise UserError(f"{_MAX_REPLACEMENTS} images in a row cannot be decoded, the last one {bad[-1]}")
 
 
 class TrainBatches(Sampler[list[SampleRef]]):
@@ -126,12 +76,6 @@ class TrainBatches(Sampler[list[SampleRef]]):
             for micro in range(self.accumulate):
                 positions = [step * self.effective + p for p in self.share(micro * self.world + self.rank)]
                 yield [SampleRef(order[p], int(seeds[p])) for p in positions]
-
-
-def eval_batches(length: int, batch_size: int, rank: int, world: int) -> list[list[SampleRef]]:
-    """Every image once: process `rank` of `world` takes each world-th."""
-    mine = [SampleRef(index, None) for index in range(rank, length, world)]
-    return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
 
 
 def three_augment(config: Config, size: int) -> T.Compose:
@@ -187,36 +131,3 @@ def _keep_a_bit(transform: Any) -> None:
 def eval_transform(config: Config, size: int) -> T.Compose:
     """Resize, centre crop, normalize."""
     return create_transform(input_size=size, interpolation="bicubic", crop_pct=config.eval_crop_ratio)
-
-
-def make_loader(source: Images, batches: Iterable[list[SampleRef]], transform: T.Compose, size: int, config: Config,
-                *, pin_memory: bool) -> DataLoader[Sample]:  # fmt: skip
-    """A loader of collated `Sample`s, decoded and augmented in `config.num_workers` processes."""
-    return DataLoader(
-        Augmented(source, transform, size),
-        batch_sampler=batches,
-        num_workers=config.num_workers,
-        pin_memory=pin_memory,
-        persistent_workers=config.num_workers > 0,
-    )
-
-
-class BadImages:
-    """The images that could not be decoded so far: the first one ends the run, or all are named once and counted."""
-
-    def __init__(self, policy: str, names: Iterable[str] = ()) -> None:
-        self.policy = policy
-        self.names = dict.fromkeys(names)
-
-    def add(self, samples: list[str]) -> None:
-        """Take note of a batch's bad images, `Sample.bad` of each of its samples.
-
-        Raises:
-            UserError: the policy is to fail.
-        """
-        for name in filter(None, "\n".join(samples).split("\n")):
-            if self.policy == "fail":
-                raise UserError(f"image cannot be decoded: {name}; repair it, or give --on-bad-image skip")
-            if name not in self.names:
-                self.names[name] = None
-                print(f"warning: bad image skipped: {name}", file=sys.stderr, flush=True)

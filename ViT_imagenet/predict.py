@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--model {folder}: no {weights.name} there: name the folder of a finished training run")
     import torch
 
+    from repro.images.data import BadImageError, decode
     from ViT_imagenet import config as training
     from ViT_imagenet import factory
-    from ViT_imagenet.data import BadImageError, decode
     from ViT_imagenet.loader import eval_transform
     from ViT_imagenet.models import image_side
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from safetensors.torch import save
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -20,25 +18,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from repro import progress as shared_progress
 from repro.cost import multiply_adds
 from repro.errors import UserError
 from repro.files import write_atomic
+from repro.images.data import ImageData, load_data
+from repro.images.loader import Augmented, BadImages, Sample, eval_batches, make_loader
+from repro.parallel import all_names
 from repro.run.run import Run
-from repro.seeding import seed_everything
+from repro.seeding import derive_seed, seed_everything
+from repro.weights import read_state, to_safetensors
 from ViT_imagenet import factory
 from ViT_imagenet.attention import describe_variant
 from ViT_imagenet.config import Config
-from ViT_imagenet.data import ImageData, load_data
-from ViT_imagenet.loader import (
-    BadImages,
-    Sample,
-    TrainBatches,
-    derive_seed,
-    eval_batches,
-    eval_transform,
-    make_loader,
-    train_transform,
-)
+from ViT_imagenet.loader import TrainBatches, eval_transform, train_transform
 from ViT_imagenet.models import collapse_by_block, image_side
 
 CHECK_EVERY = 20  # steps: reading the loss waits for the device
@@ -82,28 +75,15 @@ class TrainingSetup(EvaluationSetup):
 
 
 @dataclass
-class Progress:
+class Progress(shared_progress.Progress):
     """Where a run is; all that a checkpoint holds besides weights and optimizer."""
 
-    epoch: int = 0
-    step: int = 0  # finished steps of this epoch
-    steps_per_epoch: int = 0
-    loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))  # mean losses of this epoch's steps, added up
-    train_seconds: float = 0.0  # in training, evaluation left out
-    processor_seconds: float = 0.0  # of the main process, workers left out
-    images_total: int = 0
     best: float = 0.0  # best test accuracy of any epoch so far
-    bad_images: list[str] = field(default_factory=list)
-
-    @property
-    def images_per_second(self) -> float:
-        """Training speed by the clock."""
-        return self.images_total / max(self.train_seconds, 1e-9)
 
 
 def prepare_evaluation(config: Config, accelerator: Accelerator) -> EvaluationSetup:
     """Data, and the model with the weights that it starts from; a UserError where something does not fit."""
-    data = load_data(config)
+    data = load_data(config, hold_out=config.hold_out)
     seed_everything(config.seed)
     model = factory.build_model(config, len(data.classes))
     if config.finetune:
@@ -114,7 +94,7 @@ def prepare_evaluation(config: Config, accelerator: Accelerator) -> EvaluationSe
     size = image_side(model)
     batches = eval_batches(len(data.test), config.batch_size, accelerator.process_index, accelerator.num_processes)
     pin = accelerator.device.type == "cuda"
-    tests = make_loader(data.test, batches, eval_transform(config, size), size, config, pin_memory=pin)
+    tests = make_loader(Augmented(data.test, eval_transform(config, size), size), batches, config, pin_memory=pin)
     return EvaluationSetup(
         config=config, accelerator=accelerator, data=data, model=model.to(accelerator.device), tests=tests,
         bad_images=BadImages(config.on_bad_image),
@@ -127,7 +107,7 @@ def prepare(config: Config, accelerator: Accelerator) -> TrainingSetup:
     model, data = shared.model, shared.data
     batches = TrainBatches(len(data.train), config, accelerator.process_index, accelerator.num_processes)
     size, pin = image_side(model), accelerator.device.type == "cuda"
-    loader = make_loader(data.train, batches, train_transform(config, size), size, config, pin_memory=pin)
+    loader = make_loader(Augmented(data.train, train_transform(config, size), size), batches, config, pin_memory=pin)
     loss = factory.build_loss(config, model, len(data.classes)).to(accelerator.device)
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)  # type: ignore[operator]
@@ -237,7 +217,7 @@ def check_finite(loss: Tensor, epoch: int, step: int) -> None:
 
 
 def training_state(setup: TrainingSetup, progress: Progress) -> dict[str, Any]:
-    """What a checkpoint holds. No generator state: see `loader.derive_seed`."""
+    """What a checkpoint holds. No generator state: see `repro.seeding.derive_seed`."""
     scaler = setup.accelerator.scaler
     return {
         "model": setup.plain_model.state_dict(),
@@ -273,7 +253,7 @@ def restore(setup: TrainingSetup, run: Run) -> Progress:
     if (found := run.restore()) is not None:
         progress = load_training_state(setup, found[1], setup.config.output_dir)
     elif setup.config.resume:
-        state = factory.read_state(setup.config.resume)
+        state = read_state(setup.config.resume)
         progress = load_training_state(setup, state, setup.config.resume)
     progress.steps_per_epoch = setup.batches.steps
     progress.loss_sum = progress.loss_sum.to(setup.accelerator.device)
@@ -283,16 +263,8 @@ def restore(setup: TrainingSetup, run: Run) -> Progress:
 def save_progress(setup: TrainingSetup, run: Run, progress: Progress) -> None:
     """Write a checkpoint, on all processes at the same step; they leave together when one was asked to stop."""
     run.agree_to_stop()
-    progress.bad_images = bad_image_names(setup)
+    progress.bad_images = all_names(setup.bad_images.names)
     run.checkpoint(progress.epoch * progress.steps_per_epoch + progress.step, training_state(setup, progress))
-
-
-def bad_image_names(setup: EvaluationSetup) -> list[str]:
-    """The bad images that any process has met."""
-    names = list(setup.bad_images.names)
-    if setup.accelerator.num_processes > 1:
-        names = [name for part in gather_object([names]) for name in part]
-    return list(dict.fromkeys(names))
 
 
 @torch.inference_mode()
@@ -334,7 +306,12 @@ def evaluate_only(setup: EvaluationSetup, run: Run) -> None:
     setup.accelerator.print(factory.describe_norms(setup.model))
     metrics = evaluate(setup, setup.model)
     setup.accelerator.print(f"{setup.accuracy} {metrics[setup.accuracy]:.4f} over {len(setup.data.test):,} images")
-    run.finish(metrics, protocol=protocol(setup), selection="the weights given", bad_images=bad_image_names(setup))
+    run.finish(
+        metrics,
+        protocol=protocol(setup),
+        selection="the weights given",
+        bad_images=all_names(setup.bad_images.names),
+    )
 
 
 def report_start(setup: TrainingSetup) -> None:
@@ -371,9 +348,9 @@ def finish(
     measured = collapse(setup) if setup.config.probe else {}
     if run.main:
         write_atomic(run.folder / "classes.json", json.dumps(setup.data.classes).encode())  # for ViT_imagenet.predict
-        write_atomic(run.folder / "model.safetensors", weights(setup.plain_model))
+        write_atomic(run.folder / "model.safetensors", to_safetensors(setup.plain_model.state_dict()))
         if setup.ema is not None:
-            write_atomic(run.folder / "model_ema.safetensors", weights(setup.ema.module))
+            write_atomic(run.folder / "model_ema.safetensors", to_safetensors(setup.ema.module.state_dict()))
     run.finish(
         metrics | {f"best_epoch_{setup.accuracy}": progress.best},
         protocol=protocol(setup),
@@ -385,7 +362,7 @@ def finish(
         parameters=parameters(setup),
         multiply_adds=multiply_adds_per_image(setup),
         processes=setup.accelerator.num_processes,
-        bad_images=bad_image_names(setup),
+        bad_images=all_names(setup.bad_images.names),
         **measured,
         **{f"{name}_untrained": values for name, values in untrained.items()},
     )
@@ -409,8 +386,3 @@ def multiply_adds_per_image(setup: EvaluationSetup) -> int:
     """Multiply-adds of the forward pass of one image."""
     model, side = setup.plain_model.eval(), image_side(setup.plain_model)
     return multiply_adds(model, torch.zeros(1, 3, side, side, device=setup.accelerator.device))
-
-
-def weights(model: nn.Module) -> bytes:
-    """The model's weights as a safetensors file."""
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})

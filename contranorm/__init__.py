@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from contranorm.functional import contra_norm
     from contranorm.graph import CentreAndNormalize, GraphContraNorm, PairNorm, carry_edges
     from contranorm.layer import ContraNorm, ContraStep
+    from contranorm.spectral import spectral_filter
 
 __all__ = [
     "CentreAndNormalize",
@@ -37,13 +38,14 @@ __all__ = [
     "replace_layer_norms",
     "revert",
     "singular_spectrum",
+    "spectral_filter",
     "uniformity",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for module in ("functional", "layer", "graph", "collapse", "convert"):
+        for module in ("functional", "layer", "graph", "collapse", "convert", "spectral"):
             home = importlib.import_module(f"contranorm.{module}")
             if name in vars(home):
                 return vars(home)[name]

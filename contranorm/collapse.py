@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -69,17 +69,20 @@ def singular_spectrum(x: Tensor, *, centre: bool = False) -> Tensor:
     return spectrum if x.dim() == 3 else spectrum.squeeze(0)
 
 
-def effective_rank(x: Tensor, mask: Tensor | None = None) -> float:
-    """exp(H(σ / Σσ)), H the entropy and σ the singular values (Roy and Vetterli, EUSIPCO 2007).
+def effective_rank(x: Tensor, mask: Tensor | None = None, *, centre: bool = False, power: Literal[1, 2] = 1) -> float:
+    """exp(H(a / Σa)), H the entropy and a = σ^power of the singular values σ (Roy and Vetterli, EUSIPCO 2007).
+
+    Power 1 is the usual effective rank (RankMe's); power 2 weighs the eigenvalues of the second-moment matrix, with
+    `centre` those of the covariance: the mean row is subtracted first.
 
     Collapsed: 1. Healthy: close to min(N, D). All-zero features have effective rank 0 by convention. Finite at
     singular values of exactly zero.
     """
     values = []
     for rows in _batched(x, mask):
-        sigma = torch.linalg.svdvals(rows)
-        total = sigma.sum()
-        values.append(torch.special.entr(sigma / total).sum().exp() if total > 0 else total)
+        weights = torch.linalg.svdvals(rows - rows.mean(dim=0) if centre else rows) ** power
+        total = weights.sum()
+        values.append(torch.special.entr(weights / total).sum().exp() if total > 0 else total)
     return _mean(values)
 
 

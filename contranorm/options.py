@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 
 Axis = Literal["tokens", "features"]
 Implementation = Literal["auto", "plain", "fused", "blocked", "sdpa", "linear"]
+Filter = Literal["poly", "log", "log_1", "log_2", "contranorm"]
+Location = Literal["online", "target"]
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -44,6 +46,27 @@ def check_switches(
         raise ValueError(f"degree must be 1 or 2, got {degree}")
     if positive and not learnable:
         raise ValueError("positive needs learnable: it trains the logarithm of the step")
+
+
+def check_filter(kind: str, sigma: float, location: str) -> None:
+    """Refuse spectral filters that are not defined, see `contranorm.spectral_filter`.
+
+    Raises:
+        ValueError: what is wrong, and why.
+    """
+    for name, value, known in (("kind", kind, Filter), ("location", location, Location)):
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(known))}; got {value!r}")
+    if kind.startswith("log") and location == "target":
+        raise ValueError(f"{kind} is a filter of the online side: a target has poly or contranorm")
+    if not math.isfinite(sigma):
+        raise ValueError(f"sigma must be finite, got {sigma}")
+    if kind == "poly" and sigma < -1:
+        raise ValueError(f"sigma must be at least -1, got {sigma}: below, the smallest directions become the largest")
+    if kind == "contranorm" and sigma > 1:
+        raise ValueError(
+            f"sigma must be at most 1 with contranorm, got {sigma}: above, the largest direction is flipped"
+        )
 
 
 @dataclass(kw_only=True)

@@ -173,8 +173,9 @@ def _runnable(prog: str) -> str:
 def _expand(cls: type, argv: Sequence[str]) -> list[str]:
     """`--a-b` becomes `--a_b`, `--flag` `--flag=true`, `--no_flag` `--flag=false`, and `--list a b` `--list [a, b]`.
 
-    `--config` comes first, so that flags win. jsonargparse's ActionYesNo takes one spelling of a flag only, and no
-    switch that may be unset.
+    `--x -1e-1` becomes `--x=-1e-1`: argparse takes a negative number with an exponent for a flag. `--config` comes
+    first, so that flags win. jsonargparse's ActionYesNo takes one spelling of a flag only, and no switch that may be
+    unset.
     """
     hints = typing.get_type_hints(cls)
     fields = {name: field.name for field in dataclasses.fields(cls) for name in _spellings(field)}
@@ -205,9 +206,19 @@ def _expand(cls: type, argv: Sequence[str]) -> list[str]:
                 quoted = [json.dumps(word) if list[str] in _kinds(hints[fields[name]]) else word for word in words]
                 words = [f"[{', '.join(quoted)}]"]
             rest += [f"--{name}", *words]
+        elif tokens and _negative(tokens[0]):
+            rest.append(f"--{name}={tokens.pop(0)}")
         else:
             rest.append(f"--{name}")
     return configs + rest
+
+
+def _negative(word: str) -> bool:
+    """Whether a word is a negative number."""
+    try:
+        return float(word) < 0
+    except ValueError:
+        return False
 
 
 def parse_config(cls: type[T], argv: Sequence[str] | None = None, *, prog: str, description: str = "") -> T:

@@ -16,6 +16,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def derive_seed(*parts: int) -> int:
+    """A 32-bit seed from a path of numbers, e.g. (seed, epoch, step)."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
 def rng_state() -> dict[str, Any]:
     """State of all generators, as tensors, numbers and tuples that `repro.checkpoint` can store."""
     kind, keys, pos, has_gauss, cached = np.random.get_state(legacy=True)

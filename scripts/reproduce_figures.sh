@@ -3,6 +3,7 @@
 #   graph runs        accuracy against depth per data set; against the step's scale where several were run; where runs
 #                     were probed, collapse per layer
 #   image runs        accuracy against depth per model; learning curves where metrics.jsonl is there
+#   self-supervised   for each file of records: spectra, learning curves, likelihood by prefix where there are tokens
 # The figures are written beside the records, as SVG and PNG. results/flags and results/table3_exact hold single cells,
 # which are no curves. `python -m repro.report.check` tells whether they are up to date.
 set -euo pipefail
@@ -39,8 +40,18 @@ for folder in "$RESULTS"/*/; do
         fi
         drawn=1
     fi
+    for records in "$folder"/*.jsonl; do
+        if grep -qs '"experiment": "SSL_cifar"' "$records"; then
+            for kind in spectrum curves prefix; do
+                if [ "$kind" != prefix ] || grep -q '"prefix_nll"' "$records"; then
+                    "$PYTHON" -m repro.report.figures --records "$records" --kind "$kind" --output "${records%.jsonl}-$kind"
+                fi
+            done
+            drawn=1
+        fi
+    done
 done
 if [ "$drawn" = 0 ]; then
-    echo "no records of graph or image runs below $RESULTS: run a sweep first (scripts/reproduce_table3.sh)" >&2
+    echo "no records of runs below $RESULTS: run a sweep first (scripts/reproduce_table3.sh)" >&2
     exit 2
 fi

@@ -12,7 +12,7 @@ source scripts/python.sh
 
 CONFIGS="${CONFIGS:-imagenet100_tiny imagenet100_small imagenet1k_tiny imagenet1k_small}"
 IMAGENET="${IMAGENET:-}"     # by default the data sets' folders below $CONTRANORM_DATA
-CLASS_LIST="${CLASS_LIST:-}" # other classes than ViT_imagenet/imagenet100_classes.txt, one WordNet id per line
+CLASS_LIST="${CLASS_LIST:-}" # other classes than repro/images/imagenet100_classes.txt, one WordNet id per line
 RESULTS="${RESULTS:-results/table2/runs}"
 RECORDS="${RECORDS:-}"
 

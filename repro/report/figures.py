@@ -1,7 +1,8 @@
 """Figures from records, fit for print: at most eight lines in a panel, told apart without colour, the method on top.
 
 Kinds: `depth`, a metric against the depth, published cells as open markers; `scale`, against s' for each depth, both
-forms of the step on one axis; `collapse`, its metrics per layer; `curves`, per epoch; `spectrum`, singular values.
+forms of the step on one axis; `collapse`, its metrics per layer; `curves`, per epoch; `spectrum`, singular values;
+`prefix`, likelihood of a token by the number of those before it.
 
 Example: python -m repro.report.figures results/table3 --kind depth --each data --output results/table3/depth
 """
@@ -60,6 +61,7 @@ CAPTIONS = {
     "collapse": "mean over n runs; bands: smallest to largest run; grey line: collapsed",
     "curves": "mean over n runs; bands: one standard deviation either way",
     "spectrum": "mean over n runs; bands: smallest to largest run",
+    "prefix": "mean over n runs; bands: smallest to largest run",
 }
 
 
@@ -71,9 +73,10 @@ class Config:
     """Folders, files (record.json, records.jsonl) or glob patterns; also as the first words, without the flag."""
     output: str = "figure.png"
     """The file; its ending chooses the format (svg, png, pdf). Without an ending both .svg and .png are written."""
-    kind: Literal["depth", "scale", "collapse", "curves", "spectrum"] = "depth"
+    kind: Literal["depth", "scale", "collapse", "curves", "spectrum", "prefix"] = "depth"
     """depth: the metric against --x; scale: against the step's scale, a panel per depth; collapse: its metrics per
-    layer (runs with a probe); curves: loss and accuracy per epoch; spectrum: singular values of the last features."""
+    layer (runs with a probe); curves: loss and accuracy per epoch; spectrum: singular values of the last features;
+    prefix: negative log-likelihood of the next token."""
     metric: str = "test_accuracy"
     """What `depth` and `scale` draw; a fraction, shown in percent."""
     x: str = "depth"
@@ -218,7 +221,7 @@ def curve_panels(frame: pd.DataFrame, config: Config) -> list[list[Panel]]:
     curves = {path: curve_of(path, curve) for path, curve in zip(frame["path"], _column(frame, "curve"), strict=True)}
     names = {name for curve in curves.values() for name in curve}
     loss = [name for name in ("loss", "train_loss") if name in names]
-    scores = [n for n in ("validation_accuracy", "test_accuracy", "accuracy", "score") if n in names]
+    scores = [n for n in ("validation_accuracy", "test_accuracy", "accuracy", "score", "knn_accuracy") if n in names]
     if not (loss or scores):
         raise UserError("no run has a metrics.jsonl beside its record, and no record a packed curve")
     by_name: dict[str, list[Series]] = {}
@@ -251,12 +254,23 @@ def spectrum_panels(frame: pd.DataFrame, config: Config) -> list[list[Panel]]:
     return [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
 
 
+def prefix_panels(frame: pd.DataFrame, config: Config) -> list[list[Panel]]:
+    """Negative log-likelihood of the next token against the number of those before it."""
+    lines = []
+    for label in ordered_labels(frame, config.label):
+        runs = [pd.Series(values, dtype=float) for values in frame[frame[config.label] == label]["prefix_nll"]]
+        points = pd.DataFrame(dict(enumerate(runs)))
+        lines.append(series_of(label, points.set_axis(range(1, len(points) + 1)), spread="range"))
+    return [[Panel(part, "tokens before", "negative log-likelihood (nats)") for part in share_out(lines)]]
+
+
 KINDS = {
     "depth": depth_panels,
     "scale": scale_panels,
     "collapse": collapse_panels,
     "curves": curve_panels,
     "spectrum": spectrum_panels,
+    "prefix": prefix_panels,
 }
 
 
@@ -395,10 +409,11 @@ def draw(config: Config, command: str = "") -> list[Path]:
         if name not in frame:
             raise no_field(name, frame)
     frame = select_runs(frame, config.where)
-    if config.kind in ("collapse", "spectrum"):
-        frame = frame[frame[config.kind].notna()] if config.kind in frame else frame[:0]
+    if held := {"collapse": "collapse", "spectrum": "spectrum", "prefix": "prefix_nll"}.get(config.kind):
+        frame = frame[frame[held].notna()] if held in frame else frame[:0]
         if frame.empty:
-            raise UserError(f"no record holds {config.kind} metrics: run the cells with --probe")
+            hint = "" if config.kind == "prefix" else ": run the cells with --probe"
+            raise UserError(f"no record holds {held} metrics{hint}")
     if len(curves) > 1:
         joined = [" ".join(filter(None, map(text_of, row))) for row in frame[curves].to_numpy(dtype=object)]
         frame, label = frame.assign(label=joined), "label"

@@ -50,9 +50,9 @@ class Config:
 
     records: list[str] | str = field(default_factory=list)
     """Folders, files (record.json, records.jsonl) or glob patterns; also as the first words, without the flag."""
-    preset: Literal["table1", "table2", "table3", "arxiv", "rivals"] | None = None
-    """Rows, columns and metric of one of the paper's tables, or of the tuned rivals against vanilla; flags given
-    beside it win."""
+    preset: Literal["table1", "table2", "table3", "arxiv", "rivals", "ssl"] | None = None
+    """Rows, columns and metric of one of the paper's tables, of the tuned rivals against vanilla, or of self-supervised
+    runs; flags given beside it win."""
     rows: str | None = None
     """Comma-separated fields that make the rows: data, model, method, family (the method without its scale), depth,
     scale, or fields of the config."""
@@ -135,6 +135,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "costs": True,
         "tuned": True,
     },
+    "ssl": {"rows": "data,model,method,epochs", "columns": "", "metric": "knn_accuracy"},
 }
 
 
@@ -205,8 +206,9 @@ def differences(cells: pd.DataFrame, keys: list[str], config: Config) -> pd.Data
     Raises:
         UserError: no row is called so, or no other has a cell in common with it.
     """
-    field, _, value = (config.against or "").rpartition("=")
-    field = field or next((name for name in ("method", "family") if name in keys), "")
+    field, _, value = (config.against or "").partition("=")
+    if field not in keys:  # a method, whose name may hold an =
+        field, value = next((name for name in ("method", "family") if name in keys), ""), str(config.against)
     if field not in keys or value not in set(cells[field].map(text_of)):
         raise UserError(f"--against {config.against}: no such row; write a method, or field=value of a field of --rows")
     others = comparison(cells, keys, field)

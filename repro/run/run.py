@@ -36,7 +36,10 @@ from repro.files import write_atomic
 from repro.run.track import NONE, Trackers, any_process, is_done
 
 SCHEMA = 2
-_PACKAGES = ("torch", "numpy", "torch_geometric", "transformers", "datasets", "timm", "accelerate")
+_PACKAGES = (
+    "torch", "numpy", "torch_geometric", "transformers", "datasets", "timm", "accelerate", "torchvision", "lightly",
+    "scikit-learn",
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

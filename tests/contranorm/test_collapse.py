@@ -143,3 +143,15 @@ def test_probe_takes_labels_metrics_and_masks():
 def test_probe_names_an_unknown_layer():
     with pytest.raises(ValueError, match="no module named 'third'"):
         CollapseProbe(Pair(), ["third"])
+
+
+def test_effective_rank_of_the_covariance():
+    x = random(50, 6) * torch.tensor([4.0, 2, 1, 0.5, 0.2, 0.1]) + 3
+    for centre in (False, True):
+        eigenvalues = torch.linalg.eigvalsh(torch.cov(x.T, correction=0) if centre else x.T @ x)
+        share = (eigenvalues / eigenvalues.sum()).tolist()
+        expected = math.exp(-sum(p * math.log(p) for p in share))
+        assert effective_rank(x, centre=centre, power=2) == pytest.approx(expected)
+    assert effective_rank(x, centre=True) == pytest.approx(effective_rank(x - x.mean(dim=0)))
+    assert effective_rank(torch.ones(5, 3), centre=True, power=2) == 0
+    assert effective_rank(x, centre=False, power=1) == effective_rank(x)

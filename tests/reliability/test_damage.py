@@ -236,7 +236,7 @@ def test_mutated_parquet_files(tmp_path: Path, trials: Trials, figures: dict[str
     datasets = pytest.importorskip("datasets", reason="the image reader is the datasets library's")
     from PIL import Image
 
-    from ViT_imagenet.data import BadImageError, Parquet
+    from repro.images.data import BadImageError, Parquet
 
     datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
     datasets.disable_progress_bars()

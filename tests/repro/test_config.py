@@ -54,6 +54,11 @@ def test_defaults_and_types():
     assert config.names == ["b", "c"] and isinstance(config.rate, float)
 
 
+@pytest.mark.parametrize("number", ["-1", "-0.5", "-1e-1", "-.5", "-1E+2"])
+def test_negative_numbers_are_no_flags(number):
+    assert parse("--rate", number).rate == parse(f"--rate={number}").rate == float(number)
+
+
 @pytest.mark.parametrize("flag", ["--batch_size", "--batch-size"])
 @pytest.mark.parametrize("separator", [" ", "="])
 def test_dashes_and_underscores_are_one(flag, separator):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from repro.checkpoint import read_checkpoint, save_checkpoint
-from repro.seeding import rng_state, seed_everything, set_rng_state
+from repro.seeding import derive_seed, rng_state, seed_everything, set_rng_state
 
 
 def draw():
@@ -44,3 +44,9 @@ def test_a_state_goes_through_a_checkpoint_also_between_two_gaussians(tmp_path):
     seed_everything(99)
     set_rng_state(read_checkpoint(path))
     assert [draw() for _ in range(3)] == expected
+
+
+def test_derived_seeds_differ_by_place() -> None:
+    seeds = {derive_seed(a, b, c) for a in range(4) for b in range(4) for c in range(4)}
+    assert len(seeds) == 64
+    assert derive_seed(1, 2, 3) == derive_seed(1, 2, 3)

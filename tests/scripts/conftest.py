@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.image_sets import datasets_cache, make_parquet  # noqa: F401
+
 Hear = Callable[..., tuple[list[str], list[list[str]]]]
 
 

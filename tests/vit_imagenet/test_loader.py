@@ -11,18 +11,11 @@ from PIL import Image
 from timm.data import Mixup
 
 from repro.errors import UserError
+from repro.images.data import load_data
+from repro.images.loader import Augmented, BadImages, eval_batches, make_loader
 from repro.seeding import seed_everything
 from ViT_imagenet.config import Config
-from ViT_imagenet.data import load_data
-from ViT_imagenet.loader import (
-    BadImages,
-    TrainBatches,
-    derive_seed,
-    eval_batches,
-    eval_transform,
-    make_loader,
-    train_transform,
-)
+from ViT_imagenet.loader import TrainBatches, eval_transform, train_transform
 
 
 def config(**kwargs: object) -> Config:
@@ -40,14 +33,8 @@ def images_of(folder: Path, workers: int, start: int = 0, **kwargs: object) -> t
     source = load_data(settings).train
     sampler = TrainBatches(len(source), settings, 0, 1)
     sampler.epoch, sampler.start_step = 1, start
-    loader = make_loader(source, sampler, train_transform(settings, 32), 32, settings, pin_memory=False)
+    loader = make_loader(Augmented(source, train_transform(settings, 32), 32), sampler, settings, pin_memory=False)
     return torch.stack([batch.image for batch in loader])
-
-
-def test_derived_seeds_differ_by_place() -> None:
-    seeds = {derive_seed(a, b, c) for a in range(4) for b in range(4) for c in range(4)}
-    assert len(seeds) == 64
-    assert derive_seed(1, 2, 3) == derive_seed(1, 2, 3)
 
 
 def test_augmentation_does_not_depend_on_workers_or_on_where_an_epoch_is_entered(parquet: Path) -> None:
@@ -111,12 +98,6 @@ def test_too_few_images_are_told() -> None:
         batches(3)
 
 
-@pytest.mark.parametrize(("length", "world"), [(11, 1), (11, 2), (1, 2), (16, 3)])
-def test_evaluation_takes_every_image_once(length: int, world: int) -> None:
-    seen = [t.index for rank in range(world) for batch in eval_batches(length, 4, rank, world) for t in batch]
-    assert sorted(seen) == list(range(length))
-
-
 def test_small_images_are_cropped_from_their_padded_selves() -> None:
     names = [type(t).__name__ for t in train_transform(config(aa="none", color_jitter=0.0, reprob=0.0), 32).transforms]
     assert names == ["Compose", "RandomHorizontalFlip", "MaybeToTensor", "Normalize"]
@@ -140,10 +121,9 @@ def test_bad_images(make_parquet: Callable[..., Path], workers: int, capsys: pyt
     settings = config(data_path=str(make_parquet(bad=(2, 3))), data_set="CIFAR10", num_workers=workers)
     data = load_data(settings)
     sampler = TrainBatches(len(data.train), settings, 0, 1)
-    train = make_loader(data.train, sampler, train_transform(settings, 32), 32, settings, pin_memory=False)
-    test = make_loader(
-        data.test, eval_batches(11, 4, 0, 1), eval_transform(settings, 32), 32, settings, pin_memory=False
-    )
+    train = make_loader(Augmented(data.train, train_transform(settings, 32), 32), sampler, settings, pin_memory=False)
+    images = Augmented(data.test, eval_transform(settings, 32), 32)
+    test = make_loader(images, eval_batches(11, 4, 0, 1), settings, pin_memory=False)
     skip = BadImages("skip")
     for batch in train:
         assert batch.image.shape == (4, 3, 32, 32)

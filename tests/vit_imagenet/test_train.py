@@ -15,14 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from repro.config import parse_config
 from repro.errors import Interrupted, UserError, run_main
+from repro.images.data import load_data
 from repro.report.figures import main as figures
 from repro.run.run import Run
+from tests.image_sets import picture
 from ViT_imagenet.config import Config
-from ViT_imagenet.data import load_data
 from ViT_imagenet.main import main
 from ViT_imagenet.predict import main as predict
-
-from .conftest import picture
 
 
 def record(folder: Path) -> dict:
@@ -386,9 +385,7 @@ def test_held_out_training_images_take_the_place_of_the_test_images(flags: list[
         assert not [name for name in done["metrics"] if "test" in name]
         assert done["protocol"] == "CIFAR10 held-out 0.25 of train, top-1, centre crop"
         assert done["config"]["hold_out"] == 0.25
-    parts = [
-        load_data(parse_config(Config, [*flags, "--hold_out=0.25", f"--output_dir={f}"], prog="x")) for f in folders
-    ]
+    parts = [load_data(parse_config(Config, [*flags, f"--output_dir={f}"], prog="x"), hold_out=0.25) for f in folders]
     train, held = (set(half.indices) for half in (parts[0].train, parts[0].test))
     assert len(train) == 18 and len(held) == 6 and not train & held
     assert held == set(parts[1].test.indices)

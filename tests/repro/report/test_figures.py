@@ -227,6 +227,17 @@ def test_singular_values_are_drawn_relative_to_the_largest(write_records, tmp_pa
         draw(Config(records=bare, kind="spectrum", output=str(tmp_path / "t.svg")))
 
 
+def test_likelihood_by_prefix(write_records, tmp_path):
+    folder = write_records([0.5, 0.6], data="CIFAR10", method="AR", extra={"prefix_nll": [3.0, 2.0, 1.5]})
+    ((panel,),) = panels_of(folder, "prefix")
+    (line,) = panel.series
+    assert line.x == [1, 2, 3] and line.mean == [3, 2, 1.5] and line.n == [2, 2, 2]
+    draw(Config(records=folder, kind="prefix", output=str(tmp_path / "p.svg")))
+    bare = write_records([0.5], data="CIFAR10", method="AR", folder="bare")
+    with pytest.raises(UserError, match="no record holds prefix_nll"):
+        draw(Config(records=bare, kind="prefix", output=str(tmp_path / "q.svg")))
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 
 import pytest
 import yaml
@@ -132,7 +133,7 @@ def published_cells(data_root, name):
 
 def test_published_numbers_are_those_of_the_collection(data_root):
     """Each cell of Table 1 to 3, ogbn-arxiv and the re-runs of BERT, ALBERT and DeiT is there, with its value."""
-    left = [e for e in load_entries() if e.kind != "reference-run"]
+    left = [e for e in load_entries() if e.kind != "reference-run" and e.match.get("experiment") != "SSL_cifar"]
     counts = dict.fromkeys(TAKEN, 0)
     for row in csv.DictReader(published_cells(data_root, "published-cells.csv")):
         later = row["table"] == "later paper" and row["value_percent"] != "OOM" and row["metric"] == "test accuracy"
@@ -206,3 +207,28 @@ def test_gfsas_rows_stand_beside_runs_of_its_budget_alone():
     assert [(e.mean, e.kind) for e in found] == [(0.7864, "third-party re-run")]
     for others in ({"method": "GFSA", "epochs": 500}, {"method": "GFSA K=10", "epochs": 300}):
         assert not any(e.fits({**cell, "family": others["method"], **others}) for e in load_entries())
+
+
+def test_numbers_of_self_supervised_learning(data_root):
+    """Eight lines of three data sets, as the notes have them; ImageNet-100's are of 224 pixels, CIFAR's of 32."""
+    entries = [e for e in load_entries() if e.match.get("experiment") == "SSL_cifar"]
+    assert len(entries) == 24 and {e.metric for e in entries} == {"linear_accuracy"}
+    assert {(e.match["data"], e.match["crop_size"]) for e in entries} == {
+        ("CIFAR10", 32), ("CIFAR100", 32), ("IMNET100", 224),
+    }  # fmt: skip
+    values = {}
+    for e in entries:
+        first = e.match["method"][0]
+        base = first == "SimSiam" or "β=0" in first
+        values[e.match["model"], first.split()[0], base, e.match["data"]] = e.mean
+    text = "\n".join(published_cells(data_root, "ssl-methods.md"))
+    data = ("CIFAR10", "CIFAR100", "IMNET100")
+    for name, model in (("ResNet-18", "resnet18"), ("ResNet-50", "resnet50")):
+        for method in ("SimSiam", "SimSiam-Multi"):
+            printed = re.search(rf"\| {name} \| {method} \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| `\[seed 002\]`", text)
+            found = [values[model, method, method == "SimSiam", of] for of in data]
+            assert found == [pytest.approx(float(value) / 100) for value in printed.groups()]
+        printed = re.search(rf"\| {name} \| SimCLR / SimCLR-Attn \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", text)
+        for of, pair in zip(data, printed.groups(), strict=True):
+            found = [values[model, "SimCLR-Attn", base, of] for base in (True, False)]
+            assert found == [pytest.approx(float(value) / 100) for value in pair.split(" / ")]

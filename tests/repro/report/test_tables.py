@@ -252,6 +252,33 @@ def test_table_3_sets_the_reference_code_beside_ours(write_records, table):
     assert "published" not in other and "reference code as run" not in other  # another protocol is another number
 
 
+SSL = {"data": "CIFAR10", "model": "resnet18", "crop_size": 32, "width": 64, "epochs": 200}
+
+
+def test_self_supervised_runs_are_paired_by_seed_and_stand_beside_what_is_published(write_records, table):
+    def write(gain, method, order, folder="runs", images=50_000, **changes):
+        runs = [{"knn_accuracy": v + gain, "linear_accuracy": v + gain + 0.01} for v in (0.82, 0.80, 0.83)]
+        extra = {"experiment": "SSL_cifar", "train_images": images}
+        return write_records(runs, **SSL | changes, method=method, order=order, extra=extra, folder=folder)
+
+    write(0.0, "SimSiam", [1, 0])
+    folder = write(0.01, "SimSiam-Multi λ=0.5", [2, 0.5])
+    text = table(folder, "--preset", "ssl", "--against", "SimSiam", rows="")
+    for other in ("SimSiam-Multi λ=0.5", "method=SimSiam-Multi λ=0.5"):  # a name that holds an =
+        assert "-1.00" in table(folder, "--preset", "ssl", "--against", other, rows="")
+    base, multi = cells_of(text)
+    assert (base["method"], multi["method"]) == ("SimSiam", "SimSiam-Multi λ=0.5")
+    assert "+1.00" in multi["mean ± std (n)"] and "unpaired" not in text
+    assert [(row["metric"], row["published"]) for row in comparison(text)] == [
+        ("linear_accuracy", "83.80 †"), ("linear_accuracy", "84.80 †")
+    ]  # fmt: skip
+    others = {"width": {"width": 16}, "pixels": {"crop_size": 64, "data": "IMNET100"}, "images": {"images": 10_000}}
+    for name, change in others.items():  # small runs are no reproduction
+        assert "published" not in table(
+            write(0.0, "SimSiam", [1, 0], folder=name, **change), "--preset", "ssl", rows=""
+        )
+
+
 def comparison(text):
     """The second table of the text, as `cells_of`."""
     return cells_of("|" + text.split("\n\n|", 2)[2])

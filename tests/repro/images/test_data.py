@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -9,15 +10,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repro.config import CellLabel
 from repro.errors import UserError
-from ViT_imagenet.config import Config
-from ViT_imagenet.data import IMAGENET100, BadImageError, Cached, load_data
+from repro.images.config import ImageFields
+from repro.images.data import IMAGENET100, BadImageError, Cached, load_data
 
 Folders = Callable[..., Path]
 
 
+@dataclass(kw_only=True)
+class Config(ImageFields):
+    def label(self) -> CellLabel:
+        return CellLabel(data=self.data_set, model="m", method="vanilla")
+
+
 def config(folder: Path, data_set: str = "CIFAR10", **kwargs: object) -> Config:
-    return Config(output_dir="unused", scale=0.1, data_path=str(folder), data_set=data_set, **kwargs)
+    return Config(output_dir="unused", data_path=str(folder), data_set=data_set, **kwargs)
 
 
 def test_parquet(parquet: Path) -> None:
@@ -76,7 +84,7 @@ def test_a_changed_class_list_is_refused(
 ) -> None:
     copy = tmp_path / "copy.txt"
     copy.write_text(IMAGENET100.read_text().replace("n01558993", "n01558994"))
-    monkeypatch.setattr("ViT_imagenet.data.IMAGENET100", copy)
+    monkeypatch.setattr("repro.images.data.IMAGENET100", copy)
     with pytest.raises(UserError, match="not the list that this repository ships"):
         load_data(config(make_folders(), "IMNET100"))
 
@@ -132,10 +140,10 @@ def test_nothing_there(tmp_path: Path, data_set: str, said: str) -> None:
 def test_data_root_is_searched(parquet: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "cifar10").symlink_to(parquet)
-    data = load_data(Config(output_dir="unused", scale=0.1, data_root=str(tmp_path), data_set="CIFAR10"))
+    data = load_data(Config(output_dir="unused", data_root=str(tmp_path), data_set="CIFAR10"))
     assert len(data.train) == 24
     with pytest.raises(UserError, match="give --data-path"):
-        load_data(Config(output_dir="unused", scale=0.1, data_root=str(tmp_path), data_set="CIFAR100"))
+        load_data(Config(output_dir="unused", data_root=str(tmp_path), data_set="CIFAR100"))
 
 
 def test_limit_draws_the_same_mixed_images_for_every_seed(make_folders: Folders) -> None:

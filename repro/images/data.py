@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Subset
 
 from repro.errors import UserError
 from repro.holdout import split_off
-from ViT_imagenet.config import Config
+from repro.images.config import ImageFields
 
 # Folder of each data set below --data_root; the first that exists is taken.
 PLACES = {
@@ -143,8 +143,11 @@ class ImageData:
     test_split: str
 
 
-def load_data(config: Config) -> ImageData:
-    """The data set that the config names, or a UserError that says what is wrong with it."""
+def load_data(config: ImageFields, *, hold_out: float | None = None) -> ImageData:
+    """The data set that the config names, or a UserError that says what is wrong with it.
+
+    With `hold_out` that share of the training images is evaluated in place of the test images.
+    """
     name = config.data_set
     folder = _folder(config, name)
     test_split, train, test = _read(config, name, folder)
@@ -156,16 +159,16 @@ def load_data(config: Config) -> ImageData:
     if name == "IMNET100" and len(train.classes) != 100:
         raise UserError(f"{folder} has {len(train.classes)} classes, IMNET100 has 100: give another --data-path")
     classes, train = train.classes, _limit(train, config.max_train_samples)
-    if config.hold_out is not None:
+    if hold_out is not None:
         test_split = HELD_OUT
-        train, test = (Subset(train, part) for part in split_off(len(train), config.hold_out))  # type: ignore[arg-type]
-    halves = [train, _limit(test, config.max_test_samples)]
+        train, test = (Subset(train, part) for part in split_off(len(train), hold_out))  # type: ignore[arg-type]
+    test = _limit(test, config.max_test_samples)
     if config.cache:
-        halves = [Cached(half) for half in halves]
-    return ImageData(*halves, classes, name, test_split)
+        train, test = Cached(train), Cached(test)
+    return ImageData(train, test, classes, name, test_split)
 
 
-def _folder(config: Config, name: str) -> Path:
+def _folder(config: ImageFields, name: str) -> Path:
     if config.data_path is not None:
         config.check_folders()
         return Path(config.data_path)
@@ -179,7 +182,7 @@ def _folder(config: Config, name: str) -> Path:
     raise UserError(f"no data for --data_set {name} (looked at {tried}): give --data-path, or --data_root")
 
 
-def _read(config: Config, name: str, folder: Path) -> tuple[str, Any, Any]:
+def _read(config: ImageFields, name: str, folder: Path) -> tuple[str, Any, Any]:
     """(name of the evaluation split, training images, evaluation images), whatever the layout of the folder."""
     parquet = {split: sorted(folder.glob(f"{split}-*.parquet")) for split in ("train", *EVALUATION_SPLITS)}
     if parquet["train"]:
@@ -194,7 +197,8 @@ def _read(config: Config, name: str, folder: Path) -> tuple[str, Any, Any]:
             _imagenet100(set(train.classes), folder)
         return split, train, Parquet(parquet[split])
     if name in ("CIFAR10", "CIFAR100") and not (folder / "train").is_dir():
-        return "test", *_torchvision_cifar(name, folder, config.download)
+        cifar = _torchvision_cifar(name, folder, config.download)
+        return "test", cifar[0], cifar[1]
     split = next((s for s in EVALUATION_SPLITS if (folder / s).is_dir()), None)
     if not (folder / "train").is_dir() or split is None:
         raise UserError(

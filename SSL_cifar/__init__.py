@@ -1,0 +1,1 @@
+"""Self-supervised learning without collapse: one trainer, one file for each method."""

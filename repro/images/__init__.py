@@ -1,0 +1,1 @@
+"""Image data sets: the settings that name one, its images by number, and loaders of them."""
