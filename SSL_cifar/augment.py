@@ -113,9 +113,9 @@ class Augment:
         return self.normalize(change(whole))
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Subtract the mean and divide by the standard deviation, in place; x (B, 3, S, S) in [0, 1]."""
+        """Subtract the mean, divide by the standard deviation; x (B, 3, S, S) in [0, 1]."""
         mean, std = (x.new_tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
-        return x.sub_(mean).div_(std)
+        return (x - mean).div_(std)
 
     def _colour(self, x: Tensor, rows: Tensor) -> Tensor:
         """Jitter in drawn order and greyscale, as one matrix and one offset for each image; clamped to [0, 1]."""

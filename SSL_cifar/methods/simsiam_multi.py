@@ -65,8 +65,8 @@ class SimSiamMulti(SimSiam):
         """Embeddings, mixed with the bank's from epoch `plain_epochs` on, (B, 2, d)."""
         if self.epochs_done < self.settings.plain_epochs:
             return z
-        lam = self.settings.lam
-        return (1 - lam) * z + lam * self.bank.read(batch.index).to(z.dtype)[:, None]
+        past = self.bank.read(batch.index).to(z.dtype)
+        return torch.lerp(z, past[:, None], self.settings.lam)
 
     def after_step(self, out: Out, batch: Batch, done: float) -> None:
         """Keep the second views' embeddings."""

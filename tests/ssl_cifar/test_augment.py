@@ -204,3 +204,6 @@ def test_shifts_are_fixed_changes() -> None:
         torch.testing.assert_close(change(x[1:2])[0], shifted[1], rtol=0, atol=1e-6, msg=name)
         assert (shifted - x).abs().mean() > 0.002, name
     assert torch.equal(SHIFTS["rotated"](x)[..., 0, 0], x[..., 0, -1])
+    made = Augment("solo_cifar", 32, "CIFAR10", 1)
+    for change in SHIFTS.values():
+        assert made.clean(pictures(3), 1.0, change).shape == x.shape
