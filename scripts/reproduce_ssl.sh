@@ -111,11 +111,10 @@ cpu_ar() {
 
 # -- the published sizes -----------------------------------------------------------------------------------------------
 
-# config FAMILY DATA: its file and epochs.
-config() {
+config() { # FAMILY DATA: its file, which knows the epochs
     case "$2" in
-        IMNET100) echo "$1_imagenet100.yaml --epochs 400" ;;
-        *) echo "$1_cifar.yaml --data_set $2 --epochs $([ "$1" = byol ] && echo 400 || echo 200)" ;;
+        IMNET100) echo "$1_imagenet100.yaml" ;;
+        *) echo "$1_cifar.yaml --data_set $2" ;;
     esac
 }
 paper_multi() {
@@ -138,11 +137,11 @@ paper_rdm() {
     local data sigma filter
     for data in $DATASETS; do
         for sigma in -1 -0.7 -0.5 -0.3; do
-            run "$SEEDS" "rdm/$data-target$sigma" $(config simsiam "$data") --method rdm_simsiam \
+            run "$SEEDS" "rdm/$data-target$sigma" $(config simsiam "$data") --epochs 400 --method rdm_simsiam \
                 --pred_type poly --pred_location target --sigma "$sigma"
         done
         for filter in "poly --sigma 1" "poly --sigma 2" log log_1; do
-            run "$SEEDS" "rdm/$data-online-${filter//[ -]/}" $(config simsiam "$data") --method rdm_simsiam \
+            run "$SEEDS" "rdm/$data-online-${filter//[ -]/}" $(config simsiam "$data") --epochs 400 --method rdm_simsiam \
                 --pred_location online --pred_type $filter
         done
         case "$data" in IMNET100) continue ;; esac
