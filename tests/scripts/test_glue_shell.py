@@ -102,7 +102,8 @@ def test_variants(shell: Any, monkeypatch: Any, root: Path) -> None:
     monkeypatch.chdir(root)
     configs = [parse([*shlex.split(line)[3:], "--output_dir", "x"]) for line in lines]
     assert [config.label().method for config in configs] == [
-        "vanilla", "AttnScale", "GFSA", "NeuTRENO", "ResFormer", "ContraNorm s=0.1", "ContraNorm s=0.1 + GFSA"
+        "vanilla", "AttnScale", "GFSA", "NeuTRENO", "ResFormer",
+        "ContraNorm s=0.1 (padding in)", "ContraNorm s=0.1 (padding in) + GFSA",
     ]  # fmt: skip
     assert [config.include_padding for config in configs] == [False] * 5 + [True] * 2
 

@@ -214,7 +214,8 @@ def test_contranorm_stands_beside_it(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ATTENTION)
 def test_probe_sees_every_block(variant: str) -> None:
-    frame = collapse_by_block(strengthen(build(variant)), images())
+    frame, spectrum = collapse_by_block(strengthen(build(variant)), images())
+    assert sum(spectrum) == pytest.approx(1, rel=1e-5)
     assert list(frame["layer"]) == [1, 2, 3]
     assert frame["attention_similarity"].between(0, 1.0001).all()
 
