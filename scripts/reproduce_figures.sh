@@ -22,6 +22,11 @@ drawn=0
 for folder in "$RESULTS"/*/; do
     folder="${folder%/}"
     case "${folder##*/}" in flags | table3_exact) continue ;; esac
+    if [ "${folder##*/}" = rivals ]; then # settings differ from cell to cell
+        draw --each data --x depth --label family --output "$folder/depth"
+        drawn=1
+        continue
+    fi
     if holds '"experiment": "gnn"'; then
         draw --each data --output "$folder/depth"
         if [ "$(scales | wc -l)" -gt 1 ]; then
