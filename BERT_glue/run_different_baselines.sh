@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
+source scripts/variants.sh
 
 MODEL="${MODEL:-bert-base-uncased}"
 CONFIG="${CONFIG:-BERT_glue/configs/bert.yaml}"
@@ -26,23 +27,8 @@ if [ "$PROCESSES" -gt 1 ]; then
     program="torchrun --standalone --nproc-per-node=$PROCESSES -m BERT_glue.main"
     FLAGS="--per_device_train_batch_size $((32 / PROCESSES)) $FLAGS"
 fi
-methods() { # the flags of each method, one a line; SCALES may name vanilla too
-    local variant scale rival
-    for variant in $VARIANTS; do
-        rival="${variant#contranorm}" rival="${rival#+}"
-        case "$variant" in
-            none) echo "--pos 0" ;;
-            contranorm | contranorm+*) for scale in $SCALES; do
-                if [ "$scale" = vanilla ]; then echo "--pos 0"; else
-                    echo "--sites $SITES --scale $scale${rival:+ --variant $rival}${CONTRANORM_FLAGS:+ $CONTRANORM_FLAGS}"
-                fi
-            done ;;
-            *) echo "--pos 0 --variant $variant" ;;
-        esac
-    done | awk '!seen[$0]++'
-}
 
-for task in $TASKS; do methods | while read -r method; do for seed in $SEEDS; do
+for task in $TASKS; do methods "--pos 0" "--sites $SITES" "$CONTRANORM_FLAGS" | while read -r method; do for seed in $SEEDS; do
     echo "$program --config $CONFIG --model_name_or_path $MODEL --task_name $task $method --seed $seed $FLAGS"
 done; done; done |
     "$PYTHON" -m repro.sweep --results "$RESULTS" ${RECORDS:+--records "[$RECORDS]"} --jobs "${JOBS:-2}" \

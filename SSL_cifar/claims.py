@@ -8,18 +8,16 @@ sign with p < 0.05, "not shown" for the claimed sign without, "contradicted" for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
 from repro.config import parse_config
 from repro.errors import UserError, run_main
-from repro.files import write_atomic
 from repro.report import readme
 from repro.report.cells import replicate, signed
-from repro.report.records import load_records, records_flag
+from repro.report.records import RecordsConfig, load_records, records_flag
 from repro.report.stats import LEVEL, Difference, difference, holm
 from repro.report.tables import markdown_table
 
@@ -72,17 +70,11 @@ CLAIMS = (
 
 
 @dataclass
-class Config:
+class Config(RecordsConfig):
     """What to read."""
 
-    records: list[str] | str = field(default_factory=list)
-    """Folders, files or glob patterns of records; also as the first words, without the flag."""
     output: str | None = None
     """.md file to write the table to, as a block that repro.report.check renews."""
-
-    def __post_init__(self) -> None:
-        if not self.records:
-            raise ValueError("--records is missing: name a folder of runs")
 
 
 def values_of(frame: pd.DataFrame, method: str, metric: str, epochs: int | None = None) -> pd.Series[Any]:
@@ -139,9 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     if table.empty:
         raise UserError(f"{config.records}: no claim's two arms are there")
     text = markdown_table(table)
-    if config.output:
-        write_atomic(Path(config.output), readme.block("SSL_cifar.claims", words, text).encode())
-    print(text, end="")
+    readme.publish("SSL_cifar.claims", words, text, config.output)
 
 
 if __name__ == "__main__":

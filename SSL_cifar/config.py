@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from repro.config import CellLabel
-from repro.images.config import ImageFields
+from repro.images.config import DataSet, ImageFields
 
 
 @dataclass(kw_only=True)
@@ -25,7 +25,7 @@ class Config(ImageFields):
     """Name of a file in SSL_cifar/methods; its own flags are those of its `Settings`."""
 
     # -- data
-    data_set: Literal["IMNET", "IMNET100", "CIFAR10", "CIFAR", "CIFAR100", "TINY", "FOLDER"] = "CIFAR10"
+    data_set: DataSet = "CIFAR10"
     """As in ViT_imagenet."""
     crop_size: int = 32
     """Side of the images that the network gets, in pixels."""

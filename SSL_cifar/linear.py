@@ -27,7 +27,7 @@ from repro.errors import UserError, run_main
 from repro.files import write_atomic
 from repro.images.data import load_data
 from repro.images.loader import Augmented, BadImages, SampleRef, make_loader
-from repro.run.run import Run
+from repro.run.run import Run, train_cell
 from repro.seeding import derive_seed, seed_everything
 from repro.weights import to_safetensors
 from SSL_cifar import backbones, methods
@@ -297,11 +297,7 @@ class Training:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train one classifier."""
     config = parse_config(LinearConfig, argv, prog="python -m SSL_cifar.linear", description=str(__doc__))
-    run = Run(config.output_dir, "SSL_cifar", config, report_to=config.report_to)
-    training = None if run.done else Training(config)
-    with run:
-        if training is not None:
-            training.run(run)
+    train_cell("SSL_cifar", config, Training, Training.run)
 
 
 if __name__ == "__main__":

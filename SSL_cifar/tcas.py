@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,8 @@ from scipy import sparse
 
 from repro.config import parse_config
 from repro.errors import UserError, run_main
-from repro.files import write_atomic
 from repro.report import readme
-from repro.report.records import load_records, records_flag
+from repro.report.records import RecordsConfig, load_records, records_flag
 from repro.report.tables import markdown_table
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
@@ -75,17 +73,11 @@ def compare(tokens: Integers, classes: Integers, k: int, seed: int) -> dict[str,
 
 
 @dataclass
-class Config:
+class Config(RecordsConfig):
     """What to show."""
 
-    records: list[str] | str = field(default_factory=list)
-    """Folders of finished runs of SSL_cifar.tokens; also as the first words, without the flag."""
     output: str | None = None
     """.md file to write the table to, as a block that repro.report.check renews."""
-
-    def __post_init__(self) -> None:
-        if not self.records:
-            raise ValueError("--records is missing: name a folder of runs")
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
@@ -110,9 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{config.records}: no record of SSL_cifar.tokens there")
     rows = frame[frame["metrics.tcas"].notna()].rename(columns=lambda name: name.removeprefix("metrics."))
     text = table(rows.assign(tokens=rows["method"], k=rows["k"].astype(int)).to_dict("records"))
-    if config.output:
-        write_atomic(Path(config.output), readme.block("SSL_cifar.tcas", words, text).encode())
-    print(text, end="")
+    readme.publish("SSL_cifar.tcas", words, text, config.output)
 
 
 if __name__ == "__main__":

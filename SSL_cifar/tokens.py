@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from repro.config import CellLabel, load_yaml, parse_config
 from repro.errors import UserError, run_main
 from repro.files import write_atomic
-from repro.images.config import ImageFields
+from repro.images.config import DataSet, ImageFields
 from repro.images.data import Images, load_data
 from repro.images.loader import Augmented, BadImages, eval_batches, make_loader
 from repro.run.run import Run
@@ -199,7 +199,7 @@ class TokenSettings(PatchSettings):
 class FitConfig(ImageFields):
     """What to cluster, and into how many tokens."""
 
-    data_set: Literal["IMNET", "IMNET100", "CIFAR10", "CIFAR", "CIFAR100", "TINY", "FOLDER"] = "CIFAR10"
+    data_set: DataSet = "CIFAR10"
     """As in SSL_cifar.main."""
     k: int = 50
     """Tokens. 50 in ClusterMIM's code for pixels, 100 for features."""

@@ -10,6 +10,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
+source scripts/variants.sh
 
 CONFIG="${CONFIG:-imagenet100_tiny}" # a file of ViT_imagenet/configs, without .yaml
 DEPTHS="${DEPTHS:-12 16 24}"
@@ -21,26 +22,12 @@ FLAGS="${FLAGS:-}"          # appended to every line, e.g. "--data-path /data/im
 RESULTS="${RESULTS:-out/vit/$CONFIG}"
 RECORDS="${RECORDS:-}"      # file or folder of records whose cells count as done
 
-methods() { # the flags of each method, one a line; SCALES may name vanilla too
-    local variant scale rival
-    for variant in $VARIANTS; do
-        rival="${variant#contranorm}" rival="${rival#+}"
-        case "$variant" in
-            none) echo "--norm vanilla" ;;
-            contranorm | contranorm+*) for scale in $SCALES; do
-                if [ "$scale" = vanilla ]; then echo "--norm vanilla"; else echo "--scale $scale${rival:+ --variant $rival}"; fi
-            done ;;
-            *) echo "--norm vanilla --variant $variant" ;;
-        esac
-    done | awk '!seen[$0]++'
-}
-
 cells() {
     local depth method seed program="python -m ViT_imagenet.main"
     if [ "$PROCESSES" -gt 1 ]; then
         program="torchrun --standalone --nproc-per-node=$PROCESSES -m ViT_imagenet.main"
     fi
-    for depth in $DEPTHS; do methods | while read -r method; do for seed in $SEEDS; do
+    for depth in $DEPTHS; do methods "--norm vanilla" | while read -r method; do for seed in $SEEDS; do
         echo "$program --config ViT_imagenet/configs/$CONFIG.yaml --depth $depth $method --seed $seed $FLAGS"
     done; done; done
 }

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from gnn.config import Config
 from repro.config import parse_config
 from repro.errors import run_main
-from repro.run.track import is_done
 
 PRELOAD = ("gnn.train",)  # what a process that starts many runs imports beforehand
 
@@ -16,13 +14,9 @@ PRELOAD = ("gnn.train",)  # what a process that starts many runs imports beforeh
 def train_cell(config: Config) -> None:
     """Train and test one cell; its folder ends with a record.json."""
     from gnn.train import prepare, train
-    from repro.run.run import Run
+    from repro.run import run
 
-    finished = is_done(Path(config.output_dir))
-    setup = None if finished else prepare(config)  # before Run: bad data leaves no folder; a finished run needs none
-    with Run(config.output_dir, "gnn", config, report_to=config.report_to) as run:
-        if setup is not None and not run.done:
-            train(setup, run)
+    run.train_cell("gnn", config, prepare, train)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,6 +9,8 @@ from typing import ClassVar, Literal
 from repro.config import RunConfig
 from repro.errors import UserError
 
+DataSet = Literal["IMNET", "IMNET100", "CIFAR10", "CIFAR", "CIFAR100", "TINY", "FOLDER"]
+
 
 @dataclass(kw_only=True)
 class ImageFields(RunConfig):
@@ -21,7 +23,7 @@ class ImageFields(RunConfig):
     data_path: str | None = None
     """Folder of the data set: train/ and val/ image folders, or train-*.parquet and test-* or validation-*.parquet. By
     default the data set's folder below --data_root."""
-    data_set: Literal["IMNET", "IMNET100", "CIFAR10", "CIFAR", "CIFAR100", "TINY", "FOLDER"] = "IMNET"
+    data_set: DataSet = "IMNET"
     """IMNET100 is the 100 classes of imagenet100_classes.txt, in a folder with these or all of ImageNet. CIFAR is
     CIFAR100, as in DeiT."""
     class_list: str | None = None

@@ -39,7 +39,7 @@ from repro.report.cells import (
     text_of,
 )
 from repro.report.published import METHOD, load_entries
-from repro.report.records import curve_of, find_records, load_records, records_flag
+from repro.report.records import RecordsConfig, curve_of, find_records, load_records, records_flag
 
 # Okabe and Ito's palette without the yellow, told apart also without colour vision; vermilion is the method's.
 COLOURS = ("#000000", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
@@ -66,11 +66,9 @@ CAPTIONS = {
 
 
 @dataclass
-class Config:
+class Config(RecordsConfig):
     """What to draw."""
 
-    records: list[str] | str = field(default_factory=list)
-    """Folders, files (record.json, records.jsonl) or glob patterns; also as the first words, without the flag."""
     output: str = "figure.png"
     """The file; its ending chooses the format (svg, png, pdf). Without an ending both .svg and .png are written."""
     kind: Literal["depth", "scale", "collapse", "curves", "spectrum", "prefix"] = "depth"
@@ -94,8 +92,7 @@ class Config:
     depth.png becomes depth-cora.png."""
 
     def __post_init__(self) -> None:
-        if not self.records:
-            raise ValueError("--records is missing: name a folder of runs")
+        super().__post_init__()
         if Path(self.output).suffix.lower() not in ("", *ENDINGS):
             raise ValueError(f"--output {self.output}: the ending must be {', '.join(ENDINGS)}, or none")
         if (self.best is None) != (self.by is None) or "test" in (self.by or ""):

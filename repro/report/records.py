@@ -157,6 +157,18 @@ def _number(value: Any) -> Any:
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
+@dataclasses.dataclass
+class RecordsConfig:
+    """What a command that shows records is given first, also without a flag (`records_flag`)."""
+
+    records: list[str] | str = dataclasses.field(default_factory=list)
+    """Folders, files (record.json, records.jsonl) or glob patterns; also as the first words, without the flag."""
+
+    def __post_init__(self) -> None:
+        if not self.records:
+            raise ValueError("--records is missing: name a folder of runs")
+
+
 def records_flag(argv: Sequence[str] | None) -> list[str]:
     """The arguments, with places of records named before the first flag written as `--records`."""
     words = list(sys.argv[1:] if argv is None else argv)

@@ -9,14 +9,12 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 
 from repro.config import parse_config
 from repro.errors import UserError, run_main
-from repro.files import write_atomic
 from repro.report import readme
 from repro.report.agreement import RULE, agreement_sentence, agreement_table, agrees, judge
 from repro.report.cells import (
@@ -40,16 +38,14 @@ from repro.report.cells import (
 from repro.report.costs import EXPLAINED, cost_table
 from repro.report.overall import explained, overall_table
 from repro.report.published import KINDS, METHOD, Entry, load_entries
-from repro.report.records import find_records, load_records, records_flag
+from repro.report.records import RecordsConfig, find_records, load_records, records_flag
 from repro.report.stats import LEVEL, Difference, bootstrap_mean, difference, holm, tost
 
 
 @dataclass
-class Config:
+class Config(RecordsConfig):
     """What to read, and how to arrange it."""
 
-    records: list[str] | str = field(default_factory=list)
-    """Folders, files (record.json, records.jsonl) or glob patterns; also as the first words, without the flag."""
     preset: Literal["table1", "table2", "table3", "arxiv", "rivals", "ssl"] | None = None
     """Rows, columns and metric of one of the paper's tables, of the tuned rivals against vanilla, or of self-supervised
     runs; flags given beside it win."""
@@ -95,8 +91,7 @@ class Config:
     """File to write the table to, beside printing it; in a .md file it is a block that repro.report.check renews."""
 
     def __post_init__(self) -> None:
-        if not self.records:
-            raise ValueError("--records is missing: name a folder of runs")
+        super().__post_init__()
         if (self.best is None) != (self.by is None):
             raise ValueError("--best and --by belong together: the field to choose, and the metric that chooses")
         if self.by is not None and "test" in self.by:
@@ -426,11 +421,7 @@ def main(argv: list[str] | None = None) -> None:
             f"the records have the fields {fields_of(frame)} and the metrics {metrics_of(frame)}"
         )
     text = build(config, load_entries())
-    if config.output:
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        block = readme.block("repro.report.tables", words, text) if config.output.endswith(".md") else text
-        write_atomic(Path(config.output), block.encode())
-    print(text, end="")
+    readme.publish("repro.report.tables", words, text, config.output)
 
 
 if __name__ == "__main__":

@@ -12,21 +12,15 @@ import pandas as pd
 from repro.config import parse_config
 from repro.errors import UserError, run_main
 from repro.report.cells import select_runs
-from repro.report.records import load_records, records_flag
+from repro.report.records import RecordsConfig, load_records, records_flag
 
 
 @dataclass
-class Config:
+class Config(RecordsConfig):
     """Which runs."""
 
-    records: list[str] | str = field(default_factory=list)
-    """Folders, files (record.json, records.jsonl) or glob patterns; also as the first words, without the flag."""
     where: dict[str, str] = field(default_factory=dict)
     """Keep only runs whose fields have these values: `--where '{data: cora}'`."""
-
-    def __post_init__(self) -> None:
-        if not self.records:
-            raise ValueError("--records is missing: name a folder of runs")
 
 
 def sentence(frame: pd.DataFrame) -> str:

@@ -19,11 +19,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -77,6 +78,23 @@ def _commit() -> str | None:
 def peak_rss_mb() -> float:
     """Largest resident size of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+Setup = TypeVar("Setup")
+
+
+def train_cell(
+    experiment: str, config: RunConfig, prepare: Callable[[Any], Setup], train: Callable[[Setup, Run], None]
+) -> None:
+    """Train in one process what `prepare` makes of the settings; the folder ends with a record.json.
+
+    Bad input is refused by `prepare`, before the folder is made. A finished run needs none.
+    """
+    finished = is_done(Path(config.output_dir))
+    setup = None if finished else prepare(config)
+    with Run(config.output_dir, experiment, config, report_to=config.report_to) as run:
+        if setup is not None and not run.done:
+            train(setup, run)
 
 
 class Run:
