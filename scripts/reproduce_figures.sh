@@ -45,11 +45,11 @@ for folder in "$RESULTS"/*/; do
         fi
         drawn=1
     fi
-    for records in "$folder"/*.jsonl; do
+    for records in "$folder"/*/records.jsonl; do
         if grep -qs '"experiment": "SSL_cifar"' "$records"; then
             for kind in spectrum curves prefix; do
                 if [ "$kind" != prefix ] || grep -q '"prefix_nll"' "$records"; then
-                    "$PYTHON" -m repro.report.figures --records "$records" --kind "$kind" --output "${records%.jsonl}-$kind"
+                    "$PYTHON" -m repro.report.figures --records "$records" --kind "$kind" --output "${records%/records.jsonl}-$kind"
                 fi
             done
             drawn=1

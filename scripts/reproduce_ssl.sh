@@ -5,8 +5,8 @@
 #   PRESET=paper bash scripts/reproduce_ssl.sh --dry-run            the published sizes: published accuracy and GPU hours
 # Parts: rdm (RDM, SimSiam, BYOL), attn (SimCLR-Attn), arcl (ArCL), multi (SimSiam-Multi), tokens (k-means and TCAS),
 # mim (MAE, ClusterMIM; needs tokens), ar (AR, DAR, masked; needs tokens). Arguments go to repro.sweep; re-running the
-# command resumes. RECORDS names finished records, one file for each part (rdm.jsonl, ...; repro.report.collect makes them):
-# their cells are not trained again.
+# command resumes. RECORDS names finished records, one file for each part (rdm/records.jsonl, ...; repro.report.collect
+# makes them): their cells are not trained again. RECORDS= trains all.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
@@ -25,7 +25,7 @@ case "$PRESET" in
 esac
 RESULTS="${RESULTS:-$folder/runs}"
 folder="$(dirname "$RESULTS")"
-RECORDS="${RECORDS-$(compgen -G "$folder/*.jsonl" | paste -sd, || true)}"
+RECORDS="${RECORDS-$(compgen -G "$folder/*/records.jsonl" | paste -sd, || true)}"
 
 has() { case " $PARTS " in *" $1 "*) true ;; *) false ;; esac; }
 for part in $PARTS; do
@@ -204,7 +204,7 @@ for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) e
 found() {
     local file list=""
     for file in ${RECORDS//,/ }; do
-        if [ "$(basename "$file" .jsonl)" = "$1" ]; then list="$file"; fi
+        if [ "$(basename "$(dirname "$file")")" = "$1" ]; then list="$file"; fi
     done
     if [ -n "$(find "$RESULTS/$1" -name record.json -print -quit 2>/dev/null)" ]; then
         list="$list${list:+,}$RESULTS/$1"

@@ -383,9 +383,10 @@ def figure_of(frame: pd.DataFrame, config: Config, title: str) -> Figure:
     if published:
         open_marker: dict[str, Any] = {"marker": "o", "markerfacecolor": "#ffffff", "markersize": 8}
         lines.append(Line2D([], [], linestyle="", color="#000000", label="published", **open_marker))
+    long = max(len(str(line.get_label())) for line in lines) > 45  # two would not fit below one panel
     figure.legend(
-        handles=lines, loc="outside lower center", ncols=columns + (columns == 1), handlelength=3.2, frameon=False,
-        title=CAPTIONS[config.kind], fontsize=8, title_fontsize=7,
+        handles=lines, loc="outside lower center", ncols=columns + (columns == 1 and not long), handlelength=3.2,
+        frameon=False, title=CAPTIONS[config.kind], fontsize=8, title_fontsize=7,
     )  # fmt: skip
     figure.suptitle(title)
     return figure

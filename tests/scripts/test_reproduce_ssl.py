@@ -171,8 +171,9 @@ def test_the_report_reads_what_was_run(heard, hear, root, tmp_path):
     runs = tmp_path / "ssl" / "runs"
     (runs / "multi" / "x").mkdir(parents=True)
     (runs / "multi" / "x" / "record.json").write_text("{}")
-    (tmp_path / "ssl" / "ar.jsonl").write_text("")
-    calls, _ = hear(SCRIPT, PARTS="multi ar", RESULTS=str(runs), RECORDS=str(tmp_path / "ssl" / "ar.jsonl"))
+    (tmp_path / "ssl" / "ar").mkdir()
+    (tmp_path / "ssl" / "ar" / "records.jsonl").write_text("")
+    calls, _ = hear(SCRIPT, PARTS="multi ar", RESULTS=str(runs))
     reports = [call.split(maxsplit=2) for call in calls if "repro.sweep" not in call]
     assert Counter(words[1] for words in reports) == {
         "repro.report.tables": 7, "repro.report.figures": 5, "SSL_cifar.claims": 1,
@@ -184,4 +185,4 @@ def test_the_report_reads_what_was_run(heard, hear, root, tmp_path):
                 {"repro.report.tables": tables, "repro.report.figures": figures}[module].Config, words, prog=module
             )
     claims = next(flags for _, module, flags in reports if module == "SSL_cifar.claims")
-    assert f"[{runs}/multi,{tmp_path}/ssl/ar.jsonl]" in claims
+    assert f"[{runs}/multi,{tmp_path}/ssl/ar/records.jsonl]" in claims

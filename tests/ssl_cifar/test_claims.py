@@ -38,11 +38,11 @@ def test_the_sign_and_its_significance_decide(write):
     write("d", [0.52, 0.61, 0.59])  # higher
     tested = [Claim("f", base, "linear_accuracy", "a", base) for base in "bcd"]
     rows = compare(load_records(folder), tested).set_index("claim")
-    assert rows["found"].to_dict() == {"b": "shown", "c": "contradicted", "d": "contradicted"}
+    assert rows["found"].to_dict() == {"b": "shown", "c": "opposite sign", "d": "opposite sign"}
     assert rows.loc["b", "difference"].startswith("+10.00 [") and rows.loc["b", "pairs"] == "3"
     assert rows.loc["b", "runs"] == "a − b" and "points" in rows.loc["b", "measured"]
     lower = [Claim("f", base, "linear_accuracy", "a", base, "lower") for base in "bcd"]
-    assert list(compare(load_records(folder), lower)["found"]) == ["contradicted", "not shown", "not shown"]
+    assert list(compare(load_records(folder), lower)["found"]) == ["contradicted", "same sign", "same sign"]
 
 
 def test_seeds_are_paired_and_one_number_can_stand_against_zero(write):

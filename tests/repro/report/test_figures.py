@@ -312,3 +312,11 @@ def test_wrong_names_are_told_and_nothing_is_written(graph_runs, tmp_path, monke
     with pytest.raises(UserError, match=told):
         figures.main(["--records", graph_runs, *flags])
     assert list(tmp_path.glob("*.png")) == []
+
+
+def test_long_names_stand_below_each_other(graph_runs):
+    frame = load_records(graph_runs)
+    config = Config(records=graph_runs, label="method")
+    assert figure_of(frame, config, "").legends[0]._ncols == 2
+    frame["method"] = frame["method"].str.pad(60, fillchar="x")
+    assert figure_of(frame, config, "").legends[0]._ncols == 1
