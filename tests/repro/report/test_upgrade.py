@@ -177,6 +177,8 @@ def check_file(path):
     frame = load_records(path)
     assert len(frame) == len(raw) and frame["method"].notna().all() and frame["data"].notna().all()
     for experiment, part in frame.groupby("experiment"):
+        if str(experiment).startswith("SSL_cifar"):
+            continue  # later than the old keys
         old = [r for r in raw if r["experiment"] == experiment]
         by_cell: dict[tuple[str, ...], list[float]] = {}
         for one in old:
