@@ -164,8 +164,12 @@ OLD_KEYS = {
     "ViT_imagenet": ("data_set", "depth", "norm", "scale", "cache", "mixed_precision", "channels_last",
                      "fused_optimizer"),
     "arxiv": ("data", "mode", "n_layers", "n_epochs", "norm", "scale", "scaled_tau"),
+    "SSL_cifar": ("data_set", "method", "epochs", "sigma", "pred_location", "lam", "beta", "num_views", "align",
+                  "center_path", "offsets", "mask_ratio_min"),
+    "SSL_cifar.tokens": ("data_set", "patch_size", "k", "teacher"),
 }  # fmt: skip
-METRIC = {"gnn": "test_accuracy", "BERT_glue": "score", "ViT_imagenet": "test_accuracy", "arxiv": "test_accuracy"}
+METRIC = {"gnn": "test_accuracy", "BERT_glue": "score", "ViT_imagenet": "test_accuracy", "arxiv": "test_accuracy",
+          "SSL_cifar": "linear_accuracy", "SSL_cifar.tokens": "tcas"}  # fmt: skip
 NEW_NAMES = {"norm_scale": "config.scale", "scale": "config.scale", "depth": "config.depth", "data": "config.data",
              "sites": "sites", "nlayer": "nlayer"}  # fmt: skip
 
@@ -177,8 +181,6 @@ def check_file(path):
     frame = load_records(path)
     assert len(frame) == len(raw) and frame["method"].notna().all() and frame["data"].notna().all()
     for experiment, part in frame.groupby("experiment"):
-        if str(experiment).startswith("SSL_cifar"):
-            continue  # later than the old keys
         old = [r for r in raw if r["experiment"] == experiment]
         by_cell: dict[tuple[str, ...], list[float]] = {}
         for one in old:
