@@ -45,17 +45,21 @@ class Edges:
 
     def subtract_transposed(self, out: Tensor, weights: Tensor, w: Tensor) -> Tensor:
         """Out - Wᵀ w in place."""
-        return self.transposed.subtract(out, weights[self.order], w)
+        return self.transposed.subtract(out, self._transpose(weights), w)
 
     def subtract_both(self, out: Tensor, weights: Tensor, w: Tensor) -> Tensor:
         """Out - (W + Wᵀ) w in place."""
         if self.symmetric:  # one product: column by column, the entries are those of the transposed pattern
-            return self.subtract(out, weights + weights[self.order], w)
+            return self.subtract(out, weights + self._transpose(weights), w)
         return self.subtract_transposed(self.subtract(out, weights, w), weights, w)
 
     def empty_is_zero(self, sums: Tensor) -> Tensor:
         """Sums (N, 1) over the pairs not stored, exactly 0 where all N are stored."""
         return sums.masked_fill((self.crow.diff() == self.crow.numel() - 1).unsqueeze(1), 0.0)
+
+    def _transpose(self, weights: Tensor) -> Tensor:
+        """The weights in the order of the transposed pattern; index_select takes a quarter of indexing's time."""
+        return weights.index_select(0, self.order)
 
     def _matrix(self, weights: Tensor) -> Tensor:
         n = self.crow.numel() - 1

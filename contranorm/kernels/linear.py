@@ -91,7 +91,8 @@ class _PolynomialProduct(torch.autograd.Function):
         grad_d, grad_w = gradients(d, w, grad, moments, coefficients)
         if edges is not None:
             (t,) = at_edges
-            grad_w = edges.subtract_transposed(grad_w, _evaluate(coefficients, t), grad)
+            transposed = edges.subtract if edges.symmetric else edges.subtract_transposed  # t_ij = t_ji
+            grad_w = transposed(grad_w, _evaluate(coefficients, t), grad)
             slope = tuple(k * c for k, c in enumerate(coefficients))[1:]
             inner = edges.inner(grad, w).mul_(_evaluate(slope, t))  # (E,)
             grad_d = edges.subtract_both(grad_d, inner, d)
