@@ -36,7 +36,10 @@ TOKEN_NORMS = re.compile(r"(?:model\.|body\.|graph_module\.)?(?:norm|norm_pre|bl
 register_notrace_module(ContraNorm)  # timm's torch.fx feature extraction takes it as a whole
 _SWITCHES = {f.name for f in fields(ContraNormOptions)} - {"scale", "pre_norm"}  # timm has a pre_norm of its own
 default_cfgs = generate_default_cfgs(  # of the models that timm does not have
-    {f"deit_micro_patch8_{side}": deit._cfg(input_size=(3, side, side), crop_pct=1.0) for side in (32, 64)}
+    {
+        f"deit_{size}": deit._cfg(input_size=(3, side, side), crop_pct=1.0)
+        for size, side in {"micro_patch8_32": 32, "micro_patch8_64": 64, "nano_patch8_32": 32, "nano_patch16_64": 64}.items()
+    }
 )
 
 
@@ -103,12 +106,12 @@ def _with_contra_norm(
     return model
 
 
-def _micro(name: str, side: int, pretrained: bool, **kwargs: Any) -> VisionTransformer:
+def _small(name: str, side: int, patch: int, width: int, pretrained: bool, **kwargs: Any) -> VisionTransformer:
     features = {
         "out_indices": kwargs.pop("out_indices", 3),
         "feature_cls": "getter",
     }  # for features_only, as timm's ViTs
-    size = {"img_size": side, "patch_size": 8, "embed_dim": 128, "depth": 12, "num_heads": 4}
+    size = {"img_size": side, "patch_size": patch, "embed_dim": width, "depth": 12, "num_heads": width // 32}
     model: VisionTransformer = build_model_with_cfg(
         VisionTransformer, name, pretrained, feature_cfg=features, **{**size, **kwargs}
     )
@@ -118,13 +121,25 @@ def _micro(name: str, side: int, pretrained: bool, **kwargs: Any) -> VisionTrans
 @register_model
 def deit_micro_patch8_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """A DeiT for CPUs: 128 features, images of 32 x 32 pixels."""
-    return _micro("deit_micro_patch8_32", 32, pretrained, **kwargs)
+    return _small("deit_micro_patch8_32", 32, 8, 128, pretrained, **kwargs)
 
 
 @register_model
 def deit_micro_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """A DeiT for CPUs: 128 features, images of 64 x 64 pixels."""
-    return _micro("deit_micro_patch8_64", 64, pretrained, **kwargs)
+    return _small("deit_micro_patch8_64", 64, 8, 128, pretrained, **kwargs)
+
+
+@register_model
+def deit_nano_patch8_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """A DeiT for many runs on CPUs: 64 features, images of 32 x 32 pixels in 16 patches."""
+    return _small("deit_nano_patch8_32", 32, 8, 64, pretrained, **kwargs)
+
+
+@register_model
+def deit_nano_patch16_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """A DeiT for many runs on CPUs: 64 features, images of 64 x 64 pixels in 16 patches."""
+    return _small("deit_nano_patch16_64", 64, 16, 64, pretrained, **kwargs)
 
 
 @register_model
@@ -137,6 +152,18 @@ def deit_micro_patch8_32_contranorm(pretrained: bool = False, **kwargs: Any) -> 
 def deit_micro_patch8_64_contranorm(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """`deit_micro_patch8_64` with ContraNorm."""
     return _with_contra_norm(deit_micro_patch8_64, pretrained, **kwargs)
+
+
+@register_model
+def deit_nano_patch8_32_contranorm(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """`deit_nano_patch8_32` with ContraNorm."""
+    return _with_contra_norm(deit_nano_patch8_32, pretrained, **kwargs)
+
+
+@register_model
+def deit_nano_patch16_64_contranorm(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """`deit_nano_patch16_64` with ContraNorm."""
+    return _with_contra_norm(deit_nano_patch16_64, pretrained, **kwargs)
 
 
 @register_model

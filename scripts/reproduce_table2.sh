@@ -2,7 +2,8 @@
 # Table 2: DeiT with and without ContraNorm (VARIANTS: or its rivals) at 12, 16 and 24 layers, tiny and small, on ImageNet-100 and ImageNet-1k; then the table.
 #   bash scripts/reproduce_table2.sh --dry-run
 #   IMAGENET=/data/imagenet PROCESSES=4 CLUSTER=slurm bash scripts/reproduce_table2.sh --gpus_per_cell 4
-#   CONFIGS=cifar10_cpu DEPTHS=6 SCALES="vanilla 0.1" bash scripts/reproduce_table2.sh      the same on a laptop
+#   PRESET=cpu bash scripts/reproduce_table2.sh      a small DeiT of depth 6, 12 and 24 on CIFAR-10 and 100 classes of
+#       Tiny-ImageNet, one epoch, three seeds
 #   VARIANTS="none gfsa contranorm" bash scripts/reproduce_table2.sh      rivals of ContraNorm in the same table
 # IMAGENET is the folder with train/ and val/. RECORDS names finished records: their cells are not trained again.
 # Arguments go to repro.sweep.
@@ -10,11 +11,18 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
 
-CONFIGS="${CONFIGS:-imagenet100_tiny imagenet100_small imagenet1k_tiny imagenet1k_small}"
+case "${PRESET:-paper}" in
+    paper) CONFIGS="${CONFIGS:-imagenet100_tiny imagenet100_small imagenet1k_tiny imagenet1k_small}" ;;
+    cpu)
+        CONFIGS="${CONFIGS:-cifar10_nano tiny_imagenet100_nano}"
+        export DEPTHS="${DEPTHS:-6 12 24}" SCALES="${SCALES:-vanilla 0.1 0.5}" SEEDS="${SEEDS:-0 1 2}"
+        ;;
+    *) echo "error: PRESET knows paper and cpu, not $PRESET" >&2 && exit 2 ;;
+esac
 IMAGENET="${IMAGENET:-}"     # by default the data sets' folders below $CONTRANORM_DATA
 CLASS_LIST="${CLASS_LIST:-}" # other classes than repro/images/imagenet100_classes.txt, one WordNet id per line
 RESULTS="${RESULTS:-results/table2/runs}"
-RECORDS="${RECORDS:-}"
+RECORDS="${RECORDS-$(compgen -G 'results/table2/*.jsonl' | paste -sd, || true)}"
 
 status=0
 for config in $CONFIGS; do
@@ -29,7 +37,9 @@ for config in $CONFIGS; do
 done
 for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) exit "$status" ;; esac; done
 if [ "$status" -gt 1 ]; then exit "$status"; fi # 1: some cells failed, and the rest make a table
-records="$RESULTS"
-if [ -n "$RECORDS" ]; then records="[$RESULTS, $RECORDS]"; fi
-"$PYTHON" -m repro.report.tables --preset table2 --records "$records" --output "$(dirname "$RESULTS")/table2.md"
+records="$RECORDS" # the cells of these were not run again
+if [ -z "$records" ] || [ -n "$(find "$RESULTS" -name record.json -print -quit 2>/dev/null)" ]; then
+    records="$records${records:+,}$RESULTS"
+fi
+"$PYTHON" -m repro.report.tables --preset table2 --records "[$records]" --output "$(dirname "$RESULTS")/table2.md"
 exit "$status"
