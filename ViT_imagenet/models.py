@@ -35,11 +35,9 @@ LAYER_NORM_EPS = 1e-6  # DeiT's; torch's default is 1e-5
 TOKEN_NORMS = re.compile(r"(?:model\.|body\.|graph_module\.)?(?:norm|norm_pre|blocks\.\d+\.norm[12])")
 register_notrace_module(ContraNorm)  # timm's torch.fx feature extraction takes it as a whole
 _SWITCHES = {f.name for f in fields(ContraNormOptions)} - {"scale", "pre_norm"}  # timm has a pre_norm of its own
+SMALL = {"micro_patch8_32": 32, "micro_patch8_64": 64, "nano_patch8_32": 32, "nano_patch16_64": 64}  # sides of images
 default_cfgs = generate_default_cfgs(  # of the models that timm does not have
-    {
-        f"deit_{size}": deit._cfg(input_size=(3, side, side), crop_pct=1.0)
-        for size, side in {"micro_patch8_32": 32, "micro_patch8_64": 64, "nano_patch8_32": 32, "nano_patch16_64": 64}.items()
-    }
+    {f"deit_{name}": deit._cfg(input_size=(3, side, side), crop_pct=1.0) for name, side in SMALL.items()}
 )
 
 

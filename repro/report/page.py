@@ -27,6 +27,7 @@ from repro.report.stats import difference, holm
 
 BASELINE = "vanilla"
 METRICS = ("test_accuracy", "score", "accuracy")  # the first that all runs have is shown
+CURVE_POINTS = 16  # a curve is as wide as a thumb
 
 
 @dataclass
@@ -137,11 +138,18 @@ def _rounded(value: Any, digits: int = 5) -> float | None:
 
 def _run(run: dict[Any, Any], metric: str, results: Path) -> dict[str, Any]:
     curve = curve_of(run["path"], run.get("curve"))
+    curve = {name: _thinned(values) for name, values in curve.items()}
     names = [n for n in ("loss", "train_loss", "validation_accuracy", "test_accuracy", "accuracy") if n in curve]
     where = Path(run["path"]).resolve().relative_to(results.resolve().parent).as_posix()
     seed = None if pd.isna(run["seed"]) else int(run["seed"])
     packed = {name: [_rounded(value, 3) for value in curve[name]] for name in ("epoch", *names[:2]) if names}
     return {"seed": seed, "value": _rounded(run[f"metrics.{metric}"]), "record": where, "curve": packed or None}
+
+
+def _thinned(values: list[Any]) -> list[Any]:
+    """Some `CURVE_POINTS` of a curve's values, the first and the last among them."""
+    step = max(1, len(values) // CURVE_POINTS)
+    return [*values[:-1:step], *values[-1:]]
 
 
 def _against_baseline(raw: list[dict[Any, Any]], found: list[dict[str, Any]], others: list[str]) -> None:
@@ -166,13 +174,29 @@ def _against_baseline(raw: list[dict[Any, Any]], found: list[dict[str, Any]], ot
 
 
 def inline_svg(text: str) -> str:
-    """A figure's SVG to stand in a page: no prologue, metadata or fixed size, its black and white those of the page."""
+    """A figure's SVG to stand in a page: its black and white those of the page, without what a page does not need.
+
+    That is prologue, metadata, fixed size, digits of coordinates beyond a tenth of a point, fonts, line ends and, of
+    markers in a row, the style of all but one: together two fifths of the text.
+    """
     body = text[text.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", body, count=1)
     body = re.sub(r'(<svg[^>]*?) width="([0-9.]+)pt"', r'\1 style="max-width: calc(1.4px * \2)"', body, count=1)
     body = re.sub(r'<g id="[^"]*">', "<g>", body)
+    body = re.sub(r"<[^>]+>", lambda tag: re.sub(r"\d+\.\d{2,}", _tenths, tag[0]), body)
+    body = re.sub(r'(<use [^>]*? style="([^"]*)"/>\s*)(?:<use [^>]*? style="\2"/>\s*)+', _one_style, body)
+    body = re.sub(r'font-family: [^;"]*', "font-family: sans-serif", body)
+    body = re.sub(r"\s*\n\s*", " ", body).replace("> <", "><").replace("xlink:href", "href")
     return body.replace("#000000", "currentColor").replace("#ffffff", "var(--paper)")
+
+
+def _tenths(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.1f}".removesuffix(".0")
+
+
+def _one_style(markers: re.Match[str]) -> str:
+    return f'<g style="{markers[2]}">{markers[0]}</g>'.replace(f' style="{markers[2]}"/>', "/>")
 
 
 def render(index: dict[str, Any], results: Path) -> str:

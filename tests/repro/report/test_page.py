@@ -154,6 +154,15 @@ def test_a_figure_takes_the_page_s_colours():
     assert Path(page.__file__).with_name("page.html").is_file()
 
 
+def test_a_figure_is_written_short():
+    marks = "\n".join(f'<use xlink:href="#m" x="{x}.123456" style="fill: #0072b2"/>' for x in range(3))
+    text = "<text style=\"font-size: 8px; font-family: 'DejaVu Sans', sans-serif; text-anchor: start\">2.50 s</text>"
+    assert inline_svg(f"<svg>{marks}\n{text}</svg>") == (
+        '<svg><g style="fill: #0072b2"><use href="#m" x="0.1"/><use href="#m" x="1.1"/><use href="#m" x="2.1"/></g>'
+        '<text style="font-size: 8px; font-family: sans-serif; text-anchor: start">2.50 s</text></svg>'
+    )
+
+
 def test_notes_and_budgets(results, write_records):
     """A method's footnote stands by its table, and a run of another length is not compared with vanilla."""
     for method, epochs, note in (("vanilla", 300, ""), ("GFSA", 500, "GFSA: as run <here>"), ("AttnScale", 300, "")):
