@@ -20,7 +20,7 @@ SEEDS="${SEEDS:-0}"
 PROCESSES="${PROCESSES:-1}" # per cell, one per GPU
 FLAGS="${FLAGS:-}"          # appended to every line, e.g. "--data-path /data/imagenet"
 RESULTS="${RESULTS:-out/vit/$CONFIG}"
-RECORDS="${RECORDS:-}"      # file or folder of records whose cells count as done
+RECORDS="${RECORDS:-}"      # files or folders of records whose cells count as done, separated by commas
 
 cells() {
     local depth method seed program="python -m ViT_imagenet.main"
@@ -33,4 +33,4 @@ cells() {
 }
 
 cells | "$PYTHON" -m repro.sweep --results "$RESULTS" --jobs "${JOBS:-2}" --cluster "${CLUSTER:-local}" \
-    ${RECORDS:+--records "$RECORDS"} "$@"
+    ${RECORDS:+--records "[$RECORDS]"} "$@"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def test_baselines(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(configs) == 12
     assert {c.data_path for c in configs} == {"/d"}
     (call,), _ = hear(script, RECORDS="done.jsonl")
-    assert call.endswith("--cluster local --records done.jsonl")
+    assert call.endswith("--cluster local --records [done.jsonl]")
 
 
 RIVALS = "attn_scale feat_scale layer_scale gfsa neutreno resformer patch_diversity"
@@ -89,8 +90,8 @@ def test_table2(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert calls[:4] == ["-m repro.sweep --results results/table2/runs --jobs 2 --cluster slurm --gpus_per_cell 4"] * 4
     assert [call.split()[1:4] for call in calls[4:]] == [["repro.report.tables", "--preset", "table2"]]
     calls_with_records, _ = hear(script, CONFIGS="cifar10_cpu", RECORDS="done.jsonl")
-    assert calls_with_records[0].endswith("--records done.jsonl")
-    assert "--records [results/table2/runs, done.jsonl]" in calls_with_records[1]
+    assert calls_with_records[0].endswith("--records [done.jsonl]")
+    assert "--records [done.jsonl] --output results/table2/table2.md" in calls_with_records[1]
     configs = [parse(words, root, monkeypatch) for words in lines]
     assert len(configs) == 4 * 3 * 2
     assert all(words[:3] == ["torchrun", "--standalone", "--nproc-per-node=4"] for words in lines)
@@ -99,6 +100,21 @@ def test_table2(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None
         for size in ("tiny", "small")
         for data_set, listed in (("IMNET100", "/c"), ("IMNET", None))
     }
+
+
+def test_table2_on_a_laptop(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, lines = hear("scripts/reproduce_table2.sh", "--dry-run", PRESET="cpu", RECORDS="")
+    configs = [parse(words, root, monkeypatch) for words in lines]
+    assert {(c.data_set, c.depth, c.scale, c.seed) for c in configs} == {
+        (data, depth, scale, seed)
+        for data in ("CIFAR10", "TINY")
+        for depth in (6, 12, 24)
+        for scale in (None, 0.1, 0.5)
+        for seed in (0, 1, 2)
+    } and len(configs) == 54
+    assert {c.epochs for c in configs} == {1} and all(c.probe for c in configs)
+    with pytest.raises(subprocess.CalledProcessError, match="exit status 2"):
+        hear("scripts/reproduce_table2.sh", PRESET="gpu")
 
 
 def test_every_line_of_every_script_trains(
@@ -116,13 +132,13 @@ def test_every_line_of_every_script_trains(
         path.parent.mkdir(exist_ok=True)
         datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path))
     everything = {"DEPTHS": "1", "SCALES": "vanilla 0.1", "SEEDS": "0"}
-    configs = "imagenet100_tiny imagenet1k_small cifar10_cpu"
+    configs = "imagenet100_tiny imagenet1k_small cifar10_cpu cifar10_nano tiny_imagenet100_nano"
     _, lines = hear("scripts/reproduce_table2.sh", **everything, CONFIGS=configs)
     _, more = hear("ViT_imagenet/run_different_baselines.sh", **everything, CONFIG="tiny_imagenet100_cpu")
     lines += more
     _, more = hear("ViT_imagenet/run_different_baselines.sh", **everything, CONFIG="cifar10_cpu", VARIANTS=RIVALS)
     lines += more
-    assert len(lines) == 8 + 7
+    assert len(lines) == 12 + 7
     monkeypatch.chdir(root)
     for number, words in enumerate(lines):
         AcceleratorState._reset_state(reset_partial_state=True)  # of the line before: one precision per process
