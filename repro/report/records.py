@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from repro.config import LOCATION_FIELDS, CellLabel
@@ -22,6 +23,7 @@ REQUIRED = ("experiment", "protocol", "selection", "metrics", "config")
 # What differs between two runs of the same cell that computed the same numbers.
 VOLATILE_KEYS = ("seconds", "peak_rss_mb", "peak_cuda_mb", "command", "environment", "finished")
 CELL_FIELDS = tuple(field.name for field in dataclasses.fields(CellLabel))
+HELD = 0.9  # of the sum of the singular values
 _RESERVED = ("path", "experiment", "protocol", "selection", "seed", "settings", *CELL_FIELDS)
 
 
@@ -86,7 +88,9 @@ def load_records(places: str | Path | Sequence[str | Path]) -> pd.DataFrame:
         data, model, method, order, depth, scale: the record's cell.
         family: the method without its scale, "ContraNorm + LayerNorm" for "ContraNorm s=1 + LayerNorm".
         note: what to say below a table, one note a line: the record's own, else those of methods.yaml.
-        metrics.<name>: numbers, fractions.
+        metrics.<name>: numbers, fractions. Of a probe also the last layer's value of each collapse metric; and
+            dimensions, the number of singular values of the last features that hold 90 % of their sum. Both also
+            before training, as `<name>_untrained`.
         the config's fields and the record's other values by their own name, or as `config.<name>` and `record.<name>`
             where that names another column.
         settings: names of the config's columns that decide what was computed; execution_fields: those that say how.
@@ -129,7 +133,20 @@ def _row(where: str, record: dict[str, Any], configured: set[str]) -> dict[str, 
             row[name] = value
         elif name != "cell":
             row[f"record.{name}" if name in configured or name in _RESERVED else name] = value
-    return row
+    return row | {f"metrics.{name}": value for name, value in _of_probe(record).items()}
+
+
+def _of_probe(record: dict[str, Any]) -> dict[str, Any]:
+    """What a run's probe says of its last layer."""
+    found: dict[str, Any] = {}
+    for state in ("", "_untrained"):
+        by_layer, spectrum = record.get(f"collapse{state}"), record.get(f"spectrum{state}")
+        if isinstance(by_layer, dict):
+            found |= {f"{name}{state}": _number(values[-1]) for name, values in by_layer.items() if name != "layer"}
+        if spectrum:
+            shares = np.cumsum(spectrum) / np.sum(spectrum)
+            found[f"dimensions{state}"] = 1 + int(np.argmax(shares >= HELD))
+    return found
 
 
 def curve_of(path: str, packed: Any = None) -> dict[str, list[Any]]:

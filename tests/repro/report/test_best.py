@@ -14,9 +14,20 @@ def test_one_line_for_each_data_set(write_records, capsys):
     for (data, scale), values in scores.items():
         write_records(values, metric="score", data=data, method=f"ContraNorm s={scale}", scale=scale, order=[1])
     folder = write_records([0.99, 0.99], metric="score", data="a", method="vanilla", order=[0])
-    best.main([folder, "--seeds=[0, 1]"])
+    best.main([folder, "--by=score", "--seeds=[0, 1]"])
     assert capsys.readouterr().out == "a 0.2\nb 0.1\n"
-    best.main([folder])
+    best.main([folder, "--by=score"])
     assert capsys.readouterr().out == "a 0.1\nb 0.1\n"
     with pytest.raises(UserError, match="no run has it"):
         best.main([folder, "--where={method: vanilla}"])
+
+
+def test_a_table_with_a_column_for_each_depth(write_records, capsys):
+    for depth, scale, value in ((2, 0.5, 0.8), (2, 5, 0.7), (16, 0.5, 0.3), (16, 5, 0.6)):
+        folder = write_records([value] * 2, metric="validation_accuracy", data="cora", method=f"ContraNorm s={scale}",
+                               scale=scale, depth=depth, order=[1])  # fmt: skip
+    best.main([folder, "--columns=depth"])
+    lines = [line.split() for line in capsys.readouterr().out.replace("|", "").splitlines()]
+    assert lines[0] == ["data", "depth", "2", "depth", "16"] and lines[2:3] == [
+        ["cora", "0.5", "(80.0,", "of", "2)", "5", "(60.0,", "of", "2)"]
+    ]

@@ -118,3 +118,15 @@ def test_comparable_leaves_out_times_and_places_only(write_records):
     assert first != second and comparable(first) == comparable(second)
     for change in ({"metrics": {"test_accuracy": 0.6}}, {"protocol": "q"}, {"seed": 1}, {"config": {"data": "dblp"}}):
         assert comparable(first | change) != comparable(first)
+
+
+def test_what_a_probe_says_of_the_last_layer(write_records):
+    """Four equal singular values of five hold 80 %, all five 90 %; one that is alone holds everything."""
+    extra = {
+        "collapse": {"layer": [1, 2], "mean_cosine": [0.1, 0.2], "variance": [1.0, "nan"]},
+        "spectrum": [0.2] * 5,
+        "spectrum_untrained": [1.0, 0.0, 0.0],
+    }
+    (row,) = load_records(write_records([0.5], extra=extra)).to_dict("records")
+    assert row["metrics.mean_cosine"] == 0.2 and math.isnan(row["metrics.variance"])
+    assert row["metrics.dimensions"] == 5 and row["metrics.dimensions_untrained"] == 1
