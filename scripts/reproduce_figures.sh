@@ -2,7 +2,9 @@
 # Every figure again from the records in results/ (RESULTS names another folder): no training, a few seconds each.
 #   graph runs        accuracy against depth per data set; against the step's scale where several were run; where runs
 #                     were probed, collapse per layer
-#   image runs        accuracy against depth per model; learning curves where metrics.jsonl is there
+#   image runs        accuracy against depth per model; learning curves where metrics.jsonl is there; of the deepest,
+#                     where probed, collapse per layer and spectrum
+#   GLUE runs         where probed, the same for each task, ContraNorm at its best scale
 #   self-supervised   for each file of records: spectra, learning curves, likelihood by prefix where there are tokens
 # The figures are written beside the records, as SVG and PNG. results/flags and results/table3_exact hold single cells,
 # which are no curves. `python -m repro.report.check` tells whether they are up to date.
@@ -27,6 +29,11 @@ for folder in "$RESULTS"/*/; do
         drawn=1
         continue
     fi
+    if [ "${folder##*/}" = collapse ]; then # one depth, two scales
+        for kind in collapse spectrum; do draw --kind "$kind" --each data,depth --output "$folder/$kind"; done
+        drawn=1
+        continue
+    fi
     if holds '"experiment": "gnn"'; then
         draw --each data --output "$folder/depth"
         if [ "$(scales | wc -l)" -gt 1 ]; then
@@ -43,6 +50,18 @@ for folder in "$RESULTS"/*/; do
         if holds '"curve": {' || compgen -G "$folder/*/metrics.jsonl" > /dev/null; then
             draw --kind curves --each data,model --output "$folder/curves"
         fi
+        if holds '"spectrum": \['; then
+            deepest="$(grep -rhosE '"depth": [0-9]+' "$folder" | grep -oE '[0-9]+' | sort -n | tail -1)"
+            for kind in collapse spectrum; do
+                draw --kind "$kind" --where "{depth: '$deepest'}" --each data,model --output "$folder/$kind"
+            done
+        fi
+        drawn=1
+    fi
+    if holds '"experiment": "BERT_glue"' && holds '"spectrum": \['; then
+        for kind in collapse spectrum; do
+            draw --kind "$kind" --each data --best scale --by score --output "$folder/$kind"
+        done
         drawn=1
     fi
     for records in "$folder"/*/records.jsonl; do

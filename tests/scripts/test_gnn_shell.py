@@ -216,6 +216,17 @@ def test_table3_calls_what_exists(hear: Hear, root: Path, tmp_path: Path) -> Non
         (runs / "cell/record.json").touch()
 
 
+def test_collapse_measures_every_cell(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "scripts/reproduce_collapse.sh"
+    calls, lines = hear(script, RESULTS="/r/runs", RECORDS="")
+    configs = [parse(words, root, monkeypatch) for words in lines]
+    assert len(configs) == 3 * (3 * 2 + 2) and all(c.probe and c.nlayer == 16 for c in configs)
+    parsed = parse_report_calls(calls[1:])
+    assert [c.output for c in parsed[:3]] == ["/r/collapse", "/r/spectrum", "/r/effective_rank_untrained.md"]
+    assert len(parsed) == 6 and all(c.records == ["/r/runs"] for c in parsed)
+    assert len(hear(script, "--dry-run", RECORDS="")[0]) == 1
+
+
 def test_from_lines_to_table_and_figures(
     hear: Hear,
     root: Path,
