@@ -130,6 +130,8 @@ class Config:
 
     where: dict[str, Any] = field(default_factory=dict)
     """Those whose kind, metric or matched column has this value: `--where '{data: cora, depth: 8}'`."""
+    columns: str | None = None
+    """A column for each value of this one, named with its metric; unset: one number a line."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -148,10 +150,24 @@ def main(argv: list[str] | None = None) -> None:
             sources[entry.kind, entry.source] = None
     if not rows:
         raise UserError(f"--where {config.where}: no number in {PAPER.name} is of that kind")
-    last = ["method", "metric", "%", "kind"]
     table = pd.DataFrame(rows, dtype=object)
+    last = ["method", "metric", "%", "kind"]
     names = [name for name in [*table.columns.difference(last, sort=False), *last] if name not in config.where]
-    print(markdown_table(table[names].map(text_of)))
+    table = table[names].map(text_of)
+    if config.columns:
+        if config.columns not in table:
+            raise UserError(f"--columns {config.columns}: these numbers have {', '.join(set(names) - {'%'})}")
+        one = "metric" not in table or table["metric"].nunique() == 1
+        column = table[config.columns]
+        table["head"] = f"{config.columns} " + column if one else column + " " + table["metric"]
+        rest = [name for name in table if name not in (config.columns, "metric", "%", "head")]
+        heads = table[["head", config.columns]].drop_duplicates()
+        if one:
+            heads = heads.sort_values(config.columns, key=lambda texts: texts.str.zfill(9), kind="stable")  # 8, 16
+        wide = table.pivot(index=rest, columns="head", values="%")
+        order = pd.MultiIndex.from_frame(table[rest].drop_duplicates())
+        table = wide.loc[order, list(heads["head"])].fillna("").reset_index()
+    print(markdown_table(table))
     print("".join(f"- {kind}: {source}.\n" for kind, source in sources), end="")
 
 

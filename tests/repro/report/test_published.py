@@ -232,3 +232,18 @@ def test_numbers_of_self_supervised_learning(data_root):
         for of, pair in zip(data, printed.groups(), strict=True):
             found = [values[model, "SimCLR-Attn", base, of] for base in (True, False)]
             assert found == [pytest.approx(float(value) / 100) for value in pair.split(" / ")]
+
+
+def test_a_column_for_each_depth_or_task(capsys):
+    def rows(*arguments):
+        main(list(arguments))
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+
+    head, *lines = rows("--where={data: cora, kind: authors}", "--columns=depth")
+    assert head[-5:] == ["depth 2", "depth 4", "depth 8", "depth 16", "depth 32"]
+    assert lines[0][-6:] == ["vanilla", "81.75", "72.61", "17.71", "20.71", "19.69"]
+    head, *lines = rows("--where={model: albert-base-v2}", "--columns=data")
+    assert "mnli accuracy_matched" in head and len(lines) == 3
+    with pytest.raises(UserError, match="these numbers have"):
+        main(["--where={data: cora}", "--columns=shape"])
