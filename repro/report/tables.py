@@ -260,10 +260,14 @@ def against_sentences(cells: pd.DataFrame, config: Config) -> list[str]:
             count = f"within {config.margin:g} in {len(shown)}"
         lines.append(
             f"{method} against {config.against}: {signed(sum(means) / len(means), config.percent)}"
-            f"{' points' if config.percent else ''} over {len(own)} cells{interval}; {count} "
-            f"({'t-test: ' if len(config.tests) > 1 else ''}p < {LEVEL:g} after Holm over {len(cells)} cells)."
+            f"{' points' if config.percent else ''} over {_cells(own)}{interval}; {count} "
+            f"({'t-test: ' if len(config.tests) > 1 else ''}p < {LEVEL:g} after Holm over {_cells(cells)})."
         )
     return lines
+
+
+def _cells(cells: pd.DataFrame) -> str:
+    return f"{len(cells)} cell{'s' * (len(cells) != 1)}"
 
 
 def pivot(cells: pd.DataFrame, rows: list[str], columns: str) -> pd.DataFrame:
