@@ -2,7 +2,7 @@
 # Every figure again from the records in results/ (RESULTS names another folder): no training, a few seconds each.
 #   graph runs        accuracy against depth per data set; against the step's scale where several were run; where runs
 #                     were probed, collapse per layer
-#   image runs        accuracy against depth per model; learning curves where metrics.jsonl is there; of the deepest,
+#   image runs        accuracy against depth per model; learning curves of more than one epoch; of the deepest,
 #                     where probed, collapse per layer and spectrum
 #   GLUE runs         where probed, the same for each task, ContraNorm at its best scale
 #   self-supervised   for each file of records: spectra, learning curves, likelihood by prefix where there are tokens
@@ -47,7 +47,7 @@ for folder in "$RESULTS"/*/; do
     fi
     if holds '"experiment": "ViT_imagenet"'; then
         draw --each data,model --output "$folder/depth"
-        if holds '"curve": {' || compgen -G "$folder/*/metrics.jsonl" > /dev/null; then
+        if holds '"epochs": \([2-9]\|[1-9][0-9]\)' && { holds '"curve": {' || compgen -G "$folder/*/metrics.jsonl" > /dev/null; }; then
             draw --kind curves --each data,model --output "$folder/curves"
         fi
         if holds '"spectrum": \['; then

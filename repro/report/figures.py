@@ -230,6 +230,8 @@ def curve_panels(frame: pd.DataFrame, config: Config) -> list[list[Panel]]:
                 points = pd.DataFrame(runs).dropna(how="all").sort_index()
                 if len(points) > 1:  # measured at the end only: no curve
                     by_name.setdefault(name, []).append(series_of(label, points, 1 if name in loss else 100))
+    if not by_name:
+        raise UserError("no curve: the runs have one epoch each")
     shares = zip(*(share_out(series) for series in by_name.values()), strict=False)
     labels = {name: "training loss" if name in loss else percent(name) for name in by_name}
     return [[Panel(s, "epoch", labels[name]) for name, s in zip(by_name, row, strict=True)] for row in shares]

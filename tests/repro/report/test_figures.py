@@ -213,6 +213,11 @@ def test_curves_are_those_of_metrics_jsonl_or_packed(write_records):
     bare = write_records([0.5], data="cora", method="vanilla", depth=2, folder="bare")
     with pytest.raises(UserError, match="no run has a metrics.jsonl"):
         panels_of(bare, "curves")
+    once = write_records(
+        [0.5], folder="once", data="d", method="m", order=[1], extra={"curve": {"epoch": [1], "loss": [2.0]}}
+    )
+    with pytest.raises(UserError, match="one epoch each"):
+        panels_of(once, "curves")
 
 
 def test_singular_values_are_drawn_relative_to_the_largest(write_records, tmp_path):
