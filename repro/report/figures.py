@@ -328,7 +328,8 @@ def draw_panel(axes: Axes, panel: Panel, labels: Sequence[str]) -> None:
     if panel.log:  # before the lines, which set its limits
         positive = values[values > 0]
         if len(positive) == np.isfinite(values).sum():
-            axes.set_yscale("log")
+            if positive.max(initial=0) > 10 * positive.min(initial=np.inf):  # less than a decade has no tick
+                axes.set_yscale("log")
         else:  # zeros are shown too
             least = float(positive.min()) if len(positive) else 1e-12
             axes.set_yscale("symlog", linthresh=least)

@@ -121,7 +121,7 @@ def collapse_runs(write_records, methods=("CN",), variance=(1.0, 1e-9)):
     return folder, by_metric
 
 
-@pytest.mark.parametrize("least", [1e-9, 1e-30, 0.0])
+@pytest.mark.parametrize("least", [1e-9, 1e-30, 0.0, 0.5])
 def test_collapse_per_layer_is_the_mean_over_seeds_and_nothing_is_clipped(write_records, least):
     folder, by_metric = collapse_runs(write_records, variance=(1.0, least))
     ((*panels, attention),) = panels_of(folder, "collapse")
@@ -132,6 +132,7 @@ def test_collapse_per_layer_is_the_mean_over_seeds_and_nothing_is_clipped(write_
         assert panel.series[0].high == pytest.approx(np.multiply(by_metric[name], 2))
     assert attention.series[0].x == [1]  # where it was measured
     _, axes = axes_of(folder, "collapse")
+    assert axes[2].get_yscale() == {0.0: "symlog", 0.5: "linear"}.get(least, "log")
     for ax, name in zip(axes, COLLAPSE, strict=True):
         assert all(float(tick).is_integer() for tick in ax.get_xticks())
         low, high = ax.get_ylim()
