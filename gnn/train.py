@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +89,9 @@ def train(setup: TrainingSetup, run: Run) -> None:
     labels, nodes = graph.y.to(setup.device), graph.train.to(setup.device)
     every = config.eval_every or (1 if config.protocol == "standard" else config.epochs)
     bar = tqdm(range(start + 1, config.epochs + 1), initial=start, total=config.epochs)
+    taken = []  # seconds of each epoch's training step
     for epoch in bar:
+        begun = time.perf_counter()
         model.train()
         loss = F.cross_entropy(model(x, adjacency)[nodes], labels[nodes])
         optimizer.zero_grad(set_to_none=True)
@@ -95,6 +99,7 @@ def train(setup: TrainingSetup, run: Run) -> None:
         optimizer.step()
 
         line: dict[str, Any] = {"epoch": epoch, "loss": loss.item()}
+        taken.append(time.perf_counter() - begun)
         bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
         last = epoch == config.epochs
         if epoch % every == 0 or last:
@@ -117,6 +122,7 @@ def train(setup: TrainingSetup, run: Run) -> None:
         epoch=best["epoch"] or config.epochs,
         parameters=sum(p.numel() for p in model.parameters()),
         multiply_adds=multiply_adds(model.eval(), x, adjacency),
+        epoch_seconds=statistics.median(taken) if taken else None,  # None: resumed after the last one
         norm=describe(model, config),
         nodes={name: int(mask.sum()) for name, mask in masks.items()},
         **(collapse_by_layer(model, setup, csv=run.folder / "probe.csv") if config.probe else {}),

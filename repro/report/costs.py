@@ -1,4 +1,4 @@
-"""What each cell of a table cost: parameters, multiply-adds, seconds, and the tuning before it."""
+"""What each cell of a table cost: parameters, multiply-adds, seconds, memory, and the tuning before it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pandas as pd
 from repro.report.cells import text_of
 
 EXPLAINED = (
-    "Costs: multiply-adds of one forward pass, of the whole graph or of one example, and seconds of a run: medians "
-    "over the cell's runs, in brackets the range; tuning: settings that were tried; setting: numbers in the command"
+    "Costs: multiply-adds of one forward pass, of the whole graph or of one example, seconds of a run and of training "
+    "for an epoch, most memory: medians over the cell's runs, in brackets the range; tuning: settings that were tried; "
+    "setting: numbers in the command"
 )
 
 
@@ -30,6 +31,8 @@ def cost_table(cells: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
                 "parameters": _median(_column(runs, "parameters"), "{:,.0f}"),
                 "multiply-adds": _median(_column(runs, "multiply_adds"), "{:,.1f} M", 1e-6),
                 "seconds": _median(_column(runs, "seconds"), "{:.1f}", spread=False),
+                "an epoch": _median(_column(runs, "epoch_seconds"), "{:.3g}", spread=False),
+                "memory": _median(_memory(runs), "{:,.0f} MB", spread=False),
                 "tuning": text_of(cell.get("tuning_trials")).removesuffix(".0"),
                 "setting": _setting(cell, fixed),
             }
@@ -46,6 +49,11 @@ def _depths(cells: Iterable[dict[Any, Any]]) -> set[str]:
 
 def _column(runs: pd.DataFrame, name: str) -> pd.Series[Any]:
     return pd.to_numeric(runs[name], errors="coerce").dropna() if name in runs else pd.Series(dtype=float)
+
+
+def _memory(runs: pd.DataFrame) -> pd.Series[Any]:
+    on_gpu = _column(runs, "peak_cuda_mb")
+    return _column(runs, "peak_rss_mb") if on_gpu.empty else on_gpu
 
 
 def _median(numbers: pd.Series[Any], form: str, factor: float = 1, *, spread: bool = True) -> str:

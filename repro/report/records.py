@@ -21,7 +21,9 @@ from repro.report.upgrade import upgrade
 
 REQUIRED = ("experiment", "protocol", "selection", "metrics", "config")
 # What differs between two runs of the same cell that computed the same numbers.
-VOLATILE_KEYS = ("seconds", "peak_rss_mb", "peak_cuda_mb", "command", "environment", "finished")
+VOLATILE_KEYS = (
+    "seconds", "epoch_seconds", "seconds_per_epoch", "peak_rss_mb", "peak_cuda_mb", "command", "environment", "finished"
+)  # fmt: skip
 CELL_FIELDS = tuple(field.name for field in dataclasses.fields(CellLabel))
 HELD = 0.9  # of the sum of the singular values
 _RESERVED = ("path", "experiment", "protocol", "selection", "seed", "settings", *CELL_FIELDS)

@@ -216,6 +216,18 @@ def test_table3_calls_what_exists(hear: Hear, root: Path, tmp_path: Path) -> Non
         (runs / "cell/record.json").touch()
 
 
+def test_large_graphs_exact_and_linear(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, lines = hear("scripts/reproduce_large.sh", RESULTS="/r/runs", RECORDS="")
+    configs = [parse(words, root, monkeypatch) for words in lines]
+    forms = Counter((c.norm_mode, c.implementation, c.epochs) for c in configs)
+    assert forms == {
+        ("None", "auto", 200): 60, ("CN", "linear", 200): 30, ("CN", "blocked", 3): 10, ("CN", "linear", 3): 10
+    }  # fmt: skip
+    (report,) = parse_report_calls(calls[2:])
+    assert report.output == "/r/large.md" and report.records == ["/r/runs"] and report.costs
+    assert len(hear("scripts/reproduce_large.sh", "--dry-run", RECORDS="")[0]) == 2
+
+
 def test_collapse_measures_every_cell(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = "scripts/reproduce_collapse.sh"
     calls, lines = hear(script, RESULTS="/r/runs", RECORDS="")

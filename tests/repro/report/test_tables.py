@@ -483,7 +483,13 @@ def rivals(write_records):
         base = {"data": "cora", "depth": depth, "nlayer": depth, "method": method, "tuning_trials": 8, **more}
         for seed, value in enumerate(values):  # half of the runs take a second more
             flags = f"--nlayer {depth} --lr {base['lr']} --no_fea_norm --tuning_trials 8 --seed {seed}"
-            extra = {"experiment": "gnn", "parameters": 1234, "multiply_adds": macs[seed % 2], "command": f"m {flags}"}
+            extra = {
+                "experiment": "gnn",
+                "parameters": 1234,
+                "multiply_adds": macs[seed % 2],
+                "epoch_seconds": 0.25,
+                "command": f"m {flags}",
+            }
             folder = write_records([value], seeds=[seed], extra=extra, fea_norm=False, **base)
         return folder, values
 
@@ -511,7 +517,7 @@ def test_rivals_in_one_table(rivals, table):
     assert [row[0] for row in overall] == ["vanilla", "GCNII"] and overall[0][3] == ""
     assert overall[1][2].startswith(f"{100 * stats.trim_mean(pooled, 0.25):.2f} [")
     assert overall[1][3].startswith(f"{np.mean(u):.2f} [")
-    assert costs[3] == ["cora", "GCNII", "16", "1,234", "2.5 M (2.0 M to 3.0 M)", "1.0", "8", "lr=0.16"]
+    assert costs[3] == ["cora", "GCNII", "16", "1,234", "2.5 M (2.0 M to 3.0 M)", "1.0", "0.25", "1 MB", "8", "lr=0.16"]
     assert "GCNII: its authors train 64 columns" in text and "here 32 columns, 200 epochs" in text
     assert text.count("chennnM/GCNII@ca91f56") == 1
 
