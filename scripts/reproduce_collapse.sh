@@ -26,6 +26,6 @@ for kind in collapse spectrum; do
 done
 for metric in {effective_rank,dimensions}{_untrained,}; do
     "$PYTHON" -m repro.report.tables --records "[$records]" --rows data,method --columns depth --metric "$metric" \
-        --percent false --output "$folder/$metric.md"
+        --percent false --show cells --output "$folder/$metric.md"
 done
 exit "$status"

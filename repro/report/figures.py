@@ -54,13 +54,14 @@ COLLAPSE: dict[str, tuple[str, float | None]] = {
     "variance": ("feature variance (squared feature units)", 0.0),
     "attention_similarity": ("similarity of attention maps", 1.0),
 }
+ROUNDING = 1e-7  # of float32: singular values below this share of the largest are noise
 ENDINGS = (".svg", ".png", ".pdf")
 CAPTIONS = {
     "depth": "mean over n runs; bands: one standard deviation either way",
     "scale": "s' = s/(1+s) for (1+s)x − sAx, s' = s for Eq. 6's x − sAx; mean over n runs, ± one standard deviation",
     "collapse": "mean over n runs; bands: smallest to largest run; grey line: collapsed",
     "curves": "mean over n runs; bands: one standard deviation either way",
-    "spectrum": "mean over n runs; bands: smallest to largest run",
+    "spectrum": f"mean over n runs; bands: smallest to largest run; below {ROUNDING:.0e}, drawn there: rounding",
     "prefix": "mean over n runs; bands: smallest to largest run",
 }
 
@@ -246,7 +247,7 @@ def spectrum_panels(frame: pd.DataFrame, config: Config) -> list[list[Panel]]:
             runs = [np.asarray(values, dtype=float) for values in frame[frame[config.label] == label][column].dropna()]
             if runs:
                 points = pd.DataFrame({n: pd.Series(values / values.max()) for n, values in enumerate(runs)})
-                points = points.where(points > 0).set_axis(np.arange(1, len(points) + 1))
+                points = points.clip(lower=ROUNDING).set_axis(np.arange(1, len(points) + 1))
                 lines.append(series_of(label, points, spread="range"))
         labels = "singular value", "σ relative to the largest", title
         panels += [Panel(part, *labels, log=True) for part in share_out(lines)]

@@ -66,10 +66,10 @@ class Config(RecordsConfig):
     average: str | None = None
     """Comma-separated columns whose mean becomes a further column, run by run (those of equal seed belong together);
     where some row lacks one of them, it is taken over the columns that all rows have, and named so."""
-    show: Literal["table", "agreement", "sentence", "headline"] = "table"
-    """table: the cells, and beside them the numbers from elsewhere; agreement: how many published cells agree, and
-    which do not; sentence: the same in a sentence, and what --against finds in another; headline: without naming
-    the cells, and for the first form of ContraNorm only."""
+    show: Literal["table", "cells", "agreement", "sentence", "headline"] = "table"
+    """table: the cells, and beside them the numbers from elsewhere; cells: without these; agreement: how many published
+    cells agree, and which do not; sentence: the same in a sentence, and what --against finds in another; headline:
+    without naming the cells, and for the first form of ContraNorm only."""
     against: str | None = None
     """Also show how each cell differs from that of this row, over seeds: a method (`vanilla`), or `field=value`."""
     test: Literal["t", "wilcoxon", "both"] | None = None
@@ -355,13 +355,13 @@ def build(config: Config, entries: list[Entry]) -> str:
     others = dict.fromkeys(e.metric for e in entries if e.metric != metric and f"metrics.{e.metric}" in frame)
     measured = {name: frame.dropna(subset=f"metrics.{name}") for name in others}
     tables = {metric: cells} | {n: in_order(aggregate(m, keys, n), rows, columns) for n, m in measured.items()}
-    if config.show != "table":
+    if config.show not in ("table", "cells"):
         ours = against_sentences(cells, config) if config.against else []
         return _agreement(everything, others, entries, ours, config)
     best = None if config.best in keys else config.best
     texts = [_text(cell, config, best) for _, cell in cells.iterrows()]
     table = pivot(cells.assign(text=texts), rows, columns)
-    beside, notes = compare(tables, keys, metric, entries, config)
+    beside, notes = compare(tables, keys, metric, entries if config.show == "table" else [], config)
     more = [beside]
     notes = [*(against_sentences(cells, config) if config.against else []), *notes_on(cells), *notes]
     if config.costs:

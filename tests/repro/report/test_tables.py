@@ -241,6 +241,8 @@ def test_table_3_sets_the_reference_code_beside_ours(write_records, table):
     p = welch(Summary(np.mean(ours), np.std(ours, ddof=1), 3), Summary(entry.mean, entry.std, entry.n))
     assert "74.30 ± 0.31 (5)" in line and "74.50 ± 0.50 (3)" in line and "+0.20" in line and f"{p:.2g}" in line
     assert "dblp" not in text.split("reference code as run")[1]
+    bare = table(folder, "--preset", "table3", "--show", "cells", rows="")
+    assert "74.50 ± 0.50 (3)" in bare and "published" not in bare and "reference code as run" not in bare
     write_records(ours, data="cora", depth=8, **GNN, **CONTRANORM, protocol="standard", folder="standard")
     runs = [{"test_accuracy": v, "validation_accuracy": v} for v in ours]
     write_records(runs, data="cora", depth=8, **GNN, **CONTRANORM, protocol="reference", folder="chosen")
