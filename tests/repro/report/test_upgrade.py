@@ -184,7 +184,7 @@ def check_file(path):
         old = [r for r in raw if r["experiment"] == experiment]
         by_cell: dict[tuple[str, ...], list[float]] = {}
         for one in old:
-            key = tuple(_text(one["config"].get(name), name) for name in OLD_KEYS[experiment])
+            key = tuple(_text(_old(one["config"], name), name) for name in OLD_KEYS[experiment])
             by_cell.setdefault(key, []).append(one["metrics"][METRIC[experiment]])
         keys = [NEW_NAMES.get(name, name) for name in OLD_KEYS[experiment]]
         keys = [name for name in keys if name in part]
@@ -198,7 +198,7 @@ def check_file(path):
         for one, other in zip(found, expected, strict=True):
             assert one == pytest.approx(other, abs=1e-12)
         # The cell's own fields tell the runs apart as finely, but for how they were computed.
-        modes = {tuple(_text(r["config"].get(k), k) for k in OLD_KEYS["gnn"][:6]) for r in old if experiment == "gnn"}
+        modes = {tuple(_text(_old(r["config"], k), k) for k in OLD_KEYS["gnn"][:6]) for r in old if experiment == "gnn"}
         if experiment == "gnn":
             assert len(modes) == len(part[["data", "method", "depth"]].drop_duplicates())
 
@@ -206,6 +206,12 @@ def check_file(path):
 def in_order(cells):
     """By mean, then spread; means that differ by rounding alone are one."""
     return sorted(cells, key=lambda cell: tuple(round(number, 9) for number in cell))
+
+
+def _old(config, name):
+    """A setting by its old name, or by the one that it has since; PairNorm's scale of 1 was once left unset."""
+    value = config.get(name, config.get(name.removeprefix("norm_")))
+    return None if name == "norm_scale" and value == 1 and str(config.get("norm_mode")).startswith("PN") else value
 
 
 def _text(value, name=""):
