@@ -86,6 +86,7 @@ def test_table2(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None
         PROCESSES="4",
         CLUSTER="slurm",
         SCALES="vanilla 0.1",
+        RECORDS="",
     )
     assert calls[:4] == ["-m repro.sweep --results results/table2/runs --jobs 2 --cluster slurm --gpus_per_cell 4"] * 4
     assert [call.split()[1:4] for call in calls[4:]] == [["repro.report.tables", "--preset", "table2"]]
