@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
+source scripts/records.sh
 source scripts/variants.sh
 
 MODEL="${MODEL:-bert-base-uncased}"
@@ -20,7 +21,7 @@ FLAGS="${FLAGS:-}"                                       # appended to every lin
 CONTRANORM_FLAGS="${CONTRANORM_FLAGS:-}"                 # to the lines with ContraNorm only, e.g. "--include_padding"
 PROCESSES="${PROCESSES:-1}"                              # per cell, one per GPU: they share the batch of 32
 RESULTS="${RESULTS:-results/table1/runs}"
-RECORDS="${RECORDS-$(compgen -G 'results/table1/*.jsonl' | paste -sd, || true)}" # records whose cells are not run again, by commas
+RECORDS="${RECORDS-$(committed results/table1)}" # records whose cells are not run again, by commas
 
 program="python -m BERT_glue.main"
 if [ "$PROCESSES" -gt 1 ]; then

@@ -35,9 +35,12 @@ LAYER_NORM_EPS = 1e-6  # DeiT's; torch's default is 1e-5
 TOKEN_NORMS = re.compile(r"(?:model\.|body\.|graph_module\.)?(?:norm|norm_pre|blocks\.\d+\.norm[12])")
 register_notrace_module(ContraNorm)  # timm's torch.fx feature extraction takes it as a whole
 _SWITCHES = {f.name for f in fields(ContraNormOptions)} - {"scale", "pre_norm"}  # timm has a pre_norm of its own
-SMALL = {"micro_patch8_32": 32, "micro_patch8_64": 64, "nano_patch8_32": 32, "nano_patch16_64": 64}  # sides of images
-default_cfgs = generate_default_cfgs(  # of the models that timm does not have
-    {f"deit_{name}": deit._cfg(input_size=(3, side, side), crop_pct=1.0) for name, side in SMALL.items()}
+_SMALL = {  # the models that timm does not have: sides of an image and of a patch, features
+    "deit_micro_patch8_32": (32, 8, 128), "deit_micro_patch8_64": (64, 8, 128),
+    "deit_nano_patch8_32": (32, 8, 64), "deit_nano_patch16_64": (64, 16, 64),
+}  # fmt: skip
+default_cfgs = generate_default_cfgs(
+    {name: deit._cfg(input_size=(3, side, side), crop_pct=1.0) for name, (side, _, _) in _SMALL.items()}
 )
 
 
@@ -104,7 +107,8 @@ def _with_contra_norm(
     return model
 
 
-def _small(name: str, side: int, patch: int, width: int, pretrained: bool, **kwargs: Any) -> VisionTransformer:
+def _small(name: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
+    side, patch, width = _SMALL[name]
     features = {
         "out_indices": kwargs.pop("out_indices", 3),
         "feature_cls": "getter",
@@ -119,25 +123,25 @@ def _small(name: str, side: int, patch: int, width: int, pretrained: bool, **kwa
 @register_model
 def deit_micro_patch8_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """A DeiT for CPUs: 128 features, images of 32 x 32 pixels."""
-    return _small("deit_micro_patch8_32", 32, 8, 128, pretrained, **kwargs)
+    return _small("deit_micro_patch8_32", pretrained, **kwargs)
 
 
 @register_model
 def deit_micro_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """A DeiT for CPUs: 128 features, images of 64 x 64 pixels."""
-    return _small("deit_micro_patch8_64", 64, 8, 128, pretrained, **kwargs)
+    return _small("deit_micro_patch8_64", pretrained, **kwargs)
 
 
 @register_model
 def deit_nano_patch8_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """A DeiT for many runs on CPUs: 64 features, images of 32 x 32 pixels in 16 patches."""
-    return _small("deit_nano_patch8_32", 32, 8, 64, pretrained, **kwargs)
+    return _small("deit_nano_patch8_32", pretrained, **kwargs)
 
 
 @register_model
 def deit_nano_patch16_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """A DeiT for many runs on CPUs: 64 features, images of 64 x 64 pixels in 16 patches."""
-    return _small("deit_nano_patch16_64", 64, 16, 64, pretrained, **kwargs)
+    return _small("deit_nano_patch16_64", pretrained, **kwargs)
 
 
 @register_model

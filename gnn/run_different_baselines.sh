@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
+source scripts/records.sh
 
 DATASETS="${DATASETS:-cora citeseer chameleon squirrel}"
 DEPTHS="${DEPTHS:-2 4 8 16 32}"
@@ -23,7 +24,7 @@ PROTOCOL="${PROTOCOL:-reference}"
 FLAGS="${FLAGS:-}" # appended to every line, e.g. "--probe"
 RESULTS="${RESULTS:-results/table3/runs}"
 # Records whose cells are not run again, separated by commas; a cell is known by its flags, so that defaults are left out.
-RECORDS="${RECORDS-$(compgen -G 'results/table3/*.jsonl' | paste -sd, || true)}"
+RECORDS="${RECORDS-$(committed results/table3)}"
 
 declare -A form_flag=([identity]="" [eq6]=" --no_identity")
 for form in $FORMS; do

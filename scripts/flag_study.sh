@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
+source scripts/records.sh
 PARTS="${PARTS:-gnn vit glue}"
 SEEDS="${SEEDS:-0 1 2}"
 DATA_ROOT="${DATA_ROOT:-${CONTRANORM_DATA:-data}}"
@@ -42,5 +43,5 @@ glue() { # SST-2, a few steps: MiniLM learns it fast
 
 for part in $PARTS; do "$part"; done |
     "$PYTHON" -m repro.sweep --results "$RESULTS" --jobs "${JOBS:-2}" --cluster "${CLUSTER:-local}" "$@"
-for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) exit ;; esac; done
+if plan_only "$@"; then exit; fi
 "$PYTHON" -m benchmarks.flags --records "$RESULTS"

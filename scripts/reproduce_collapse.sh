@@ -7,25 +7,23 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
+source scripts/records.sh
 export DATASETS="${DATASETS:-cora}" DEPTHS="${DEPTHS:-16}" NORMS="${NORMS:-None LN PN-SI CN}" SEEDS="${SEEDS:-0 1 2}"
 export SCALES="${SCALES:-1.0 10}" IMPLEMENTATION="${IMPLEMENTATION:-linear}" DEGREE="${DEGREE:-1}" FLAGS="${FLAGS:---probe}"
 export RESULTS="${RESULTS:-results/collapse/runs}"
-export RECORDS="${RECORDS-$(compgen -G 'results/collapse/*.jsonl' | paste -sd, || true)}"
+export RECORDS="${RECORDS-$(committed results/collapse)}"
 folder="$(dirname "$RESULTS")"
 
 status=0
 bash gnn/run_different_baselines.sh "$@" || status=$?
-for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) exit "$status" ;; esac; done
+if plan_only "$@"; then exit "$status"; fi
 if [ "$status" -gt 1 ]; then exit "$status"; fi # 1: some cells failed, and the rest make a figure
-records="$RECORDS"                              # the cells of these were not run again
-if [ -z "$records" ] || [ -n "$(find "$RESULTS" -name record.json -print -quit 2>/dev/null)" ]; then
-    records="$records${records:+,}$RESULTS"
-fi
+records="$(all_records)"
 for kind in collapse spectrum; do
-    "$PYTHON" -m repro.report.figures --records "[$records]" --kind "$kind" --each data,depth --output "$folder/$kind"
+    "$PYTHON" -m repro.report.figures --records "$records" --kind "$kind" --each data,depth --output "$folder/$kind"
 done
 for metric in {effective_rank,dimensions}{_untrained,}; do
-    "$PYTHON" -m repro.report.tables --records "[$records]" --rows data,method --columns depth --metric "$metric" \
+    "$PYTHON" -m repro.report.tables --records "$records" --rows data,method --columns depth --metric "$metric" \
         --percent false --show cells --output "$folder/$metric.md"
 done
 exit "$status"

@@ -19,6 +19,7 @@ scales() { # of ContraNorm's graph runs
 }
 holds() { grep -rqs --include=record.json --include=records.jsonl -e "$1" "$folder"; }
 draw() { "$PYTHON" -m repro.report.figures --records "$folder" "$@"; }
+probed() { for kind in collapse spectrum; do draw --kind "$kind" "$@" --output "$folder/$kind"; done; }
 
 drawn=0
 for folder in "$RESULTS"/*/; do
@@ -30,7 +31,7 @@ for folder in "$RESULTS"/*/; do
         continue
     fi
     if [ "${folder##*/}" = collapse ]; then # one depth, two scales
-        for kind in collapse spectrum; do draw --kind "$kind" --each data,depth --output "$folder/$kind"; done
+        probed --each data,depth
         drawn=1
         continue
     fi
@@ -52,16 +53,12 @@ for folder in "$RESULTS"/*/; do
         fi
         if holds '"spectrum": \['; then
             deepest="$(grep -rhosE '"depth": [0-9]+' "$folder" | grep -oE '[0-9]+' | sort -n | tail -1)"
-            for kind in collapse spectrum; do
-                draw --kind "$kind" --where "{depth: '$deepest'}" --each data,model --output "$folder/$kind"
-            done
+            probed --where "{depth: '$deepest'}" --each data,model
         fi
         drawn=1
     fi
     if holds '"experiment": "BERT_glue"' && holds '"spectrum": \['; then
-        for kind in collapse spectrum; do
-            draw --kind "$kind" --each data --best scale --by score --output "$folder/$kind"
-        done
+        probed --each data --best scale --by score
         drawn=1
     fi
     for records in "$folder"/*/records.jsonl; do

@@ -6,19 +6,17 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
+source scripts/records.sh
 export DATASETS="${DATASETS:-dblp coauthor_cs}" DEPTHS="${DEPTHS:-2 4 8 16 32}" DEGREE=1 FORMS=identity
 export RESULTS="${RESULTS:-results/large/runs}" SCALES="${SCALES:-1.0}"
-export RECORDS="${RECORDS-$(compgen -G 'results/large/*.jsonl' | paste -sd, || true)}"
+export RECORDS="${RECORDS-$(committed results/large)}"
 
 status=0
 NORMS="None CN" IMPLEMENTATION=linear SEEDS="${SEEDS:-0 1 2}" bash gnn/run_different_baselines.sh "$@" || status=$?
 NORMS=CN IMPLEMENTATION="blocked linear" SEEDS=0 FLAGS="--epochs ${EXACT_EPOCHS:-3}" bash gnn/run_different_baselines.sh "$@" || status=$?
-for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) exit "$status" ;; esac; done
+if plan_only "$@"; then exit "$status"; fi
 if [ "$status" -gt 1 ]; then exit "$status"; fi # 1: some cells failed, and the rest make a table
-records="$RECORDS"                              # the cells of these were not run again
-if [ -z "$records" ] || [ -n "$(find "$RESULTS" -name record.json -print -quit 2>/dev/null)" ]; then
-    records="$records${records:+,}$RESULTS"
-fi
-"$PYTHON" -m repro.report.tables --records "[$records]" --rows data,method,implementation,epochs --columns depth \
+records="$(all_records)"
+"$PYTHON" -m repro.report.tables --records "$records" --rows data,method,implementation,epochs --columns depth \
     --metric test_accuracy --costs --output "$(dirname "$RESULTS")/large.md"
 exit "$status"

@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
+source scripts/records.sh
 
 DATASETS="${DATASETS:-cora digits}"
 DEPTHS="${DEPTHS:-2 8 16}"
@@ -17,7 +18,7 @@ SEEDS="${SEEDS:-0 1 2 3 4 5 6 7 8 9}"
 FLAGS="${FLAGS:-}" # appended to every line, e.g. "--device cpu"
 RESULTS="${RESULTS:-results/rivals}"
 # Records whose cells are not run again, separated by commas.
-RECORDS="${RECORDS-$(compgen -G 'results/rivals/*.jsonl' | paste -sd, || true)}"
+RECORDS="${RECORDS-$(committed results/rivals)}"
 
 tune() { # arguments of the second call
     # shellcheck disable=SC2086
@@ -26,7 +27,7 @@ tune() { # arguments of the second call
 }
 places() { # the committed records and a folder's own
     local own=""
-    if [ -n "$(find "$1" -name record.json -print -quit 2>/dev/null)" ]; then own="$1"; fi
+    if has_runs "$1"; then own="$1"; fi
     echo "[$RECORDS${RECORDS:+${own:+,}}$own]"
 }
 sweep() { # into a folder
@@ -37,7 +38,7 @@ sweep() { # into a folder
 }
 
 tune | sweep "$RESULTS/tuning" "$@"
-for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) exit 0 ;; esac; done
+if plan_only "$@"; then exit 0; fi
 
 final="$(tune --choose "$(places "$RESULTS/tuning")" --output "$RESULTS/tuning.json")"
 status=0

@@ -10,6 +10,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
+source scripts/records.sh
 
 PRESET="${PRESET:-cpu}"
 PARTS="${PARTS:-rdm attn arcl multi tokens mim ar}"
@@ -196,7 +197,7 @@ for step in first second third; do # features need a trained network, and the me
         --cluster "${CLUSTER:-local}" "$@" <<<"$lines" || status=$?
     if [ "$status" -gt 1 ]; then exit "$status"; fi # 1: some cells failed, and the rest make a table
 done
-for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) exit "$status" ;; esac; done
+if plan_only "$@"; then exit "$status"; fi
 
 # -- reporting ---------------------------------------------------------------------------------------------------------
 
@@ -206,7 +207,7 @@ found() {
     for file in ${RECORDS//,/ }; do
         if [ "$(basename "$(dirname "$file")")" = "$1" ]; then list="$file"; fi
     done
-    if [ -n "$(find "$RESULTS/$1" -name record.json -print -quit 2>/dev/null)" ]; then
+    if has_runs "$RESULTS/$1"; then
         list="$list${list:+,}$RESULTS/$1"
     fi
     echo "${list:+[$list]}"

@@ -4,11 +4,13 @@
 # BERT_glue/run_different_baselines.sh (TASKS, SCALES, VARIANTS, SEEDS, FLAGS, CONTRANORM_FLAGS, RECORDS, JOBS, CLUSTER, ...), and
 #   PRESET=cpu bash scripts/reproduce_table1.sh       MiniLM on the small tasks, two epochs, three seeds; needs no
 #       download. Then, on RTE, every site, and padding in; and for vanilla and each task's best scale two seeds more
+#       (RTE_SITES and MORE_SEEDS name them)
 #   CONTRANORM_FLAGS=--include_padding bash scripts/reproduce_table1.sh     padding as the paper's code treats it
 # `--dry-run` prints the plan only. Re-running the command resumes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
+source scripts/records.sh
 PRESET="${PRESET:-paper}"
 case "$PRESET" in
     paper) MODELS="${MODELS:-bert-base-uncased albert-base-v2}" ;;
@@ -21,7 +23,7 @@ case "$PRESET" in
     *) echo "error: PRESET knows paper and cpu, not $PRESET" >&2 && exit 2 ;;
 esac
 export RESULTS="${RESULTS:-results/table1/runs}"
-export RECORDS="${RECORDS-$(compgen -G 'results/table1/*.jsonl' | paste -sd, || true)}"
+export RECORDS="${RECORDS-$(committed results/table1)}"
 
 status=0
 for model in $MODELS; do
@@ -30,26 +32,22 @@ for model in $MODELS; do
         *) MODEL="$model" bash BERT_glue/run_different_baselines.sh "$@" || status=$? ;;
     esac
 done
-ran() { [ -n "$(find "$RESULTS" -name record.json -print -quit 2>/dev/null)" ]; }
-all_records() { # of the cells that were not run again, and of those that were
-    if [ -z "$RECORDS" ] || ran; then echo "[$RECORDS${RECORDS:+,}$RESULTS]"; else echo "[$RECORDS]"; fi
-}
 if [ "$PRESET" = cpu ]; then
-    rte="${RTE_SITES:-layer_input attention_context attention_output attention_norm ffn_output ffn_sum ffn_norm}"
+    rte_sites="${RTE_SITES:-layer_input attention_context attention_output attention_norm ffn_output ffn_sum ffn_norm}"
     export MODEL=minilm
-    for site in $rte; do TASKS=rte SCALES=0.05 SITES="$site" bash BERT_glue/run_different_baselines.sh "$@" || status=$?; done
+    for site in $rte_sites; do TASKS=rte SCALES=0.05 SITES="$site" bash BERT_glue/run_different_baselines.sh "$@" || status=$?; done
     TASKS=rte SCALES=0.05 CONTRANORM_FLAGS=--include_padding bash BERT_glue/run_different_baselines.sh "$@" || status=$?
-    if [ -z "$RECORDS" ] && ! ran; then
+    if [ -z "$RECORDS" ] && ! has_runs "$RESULTS"; then
         echo "then seeds $more_seeds of vanilla and of each task's best scale, which is known when these have run" >&2
     else # the best by the seeds that all scales have
         "$PYTHON" -m repro.report.best --records "$(all_records)" --each task_name --setting scale --by score \
-            --where "{sites: attention_sum, include_padding: 'False'}" --seeds "[${main_seeds// /,}]" |
+            --where "{sites: '${SITES:-attention_sum}', include_padding: 'False'}" --seeds "[${main_seeds// /,}]" |
             while read -r task scale; do
                 TASKS="$task" SCALES="vanilla $scale" SEEDS="$more_seeds" bash BERT_glue/run_different_baselines.sh "$@"
             done || status=$?
     fi
 fi
-for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) exit "$status" ;; esac; done
+if plan_only "$@"; then exit "$status"; fi
 "$PYTHON" -m repro.report.tables --preset table1 --best scale --by score \
     --records "$(all_records)" --output "$(dirname "$RESULTS")/table1.md"
 exit "$status"

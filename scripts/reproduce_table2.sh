@@ -10,6 +10,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
+source scripts/records.sh
 
 case "${PRESET:-paper}" in
     paper) CONFIGS="${CONFIGS:-imagenet100_tiny imagenet100_small imagenet1k_tiny imagenet1k_small}" ;;
@@ -22,7 +23,7 @@ esac
 IMAGENET="${IMAGENET:-}"     # by default the data sets' folders below $CONTRANORM_DATA
 CLASS_LIST="${CLASS_LIST:-}" # other classes than repro/images/imagenet100_classes.txt, one WordNet id per line
 RESULTS="${RESULTS:-results/table2/runs}"
-RECORDS="${RECORDS-$(compgen -G 'results/table2/*.jsonl' | paste -sd, || true)}"
+RECORDS="${RECORDS-$(committed results/table2)}"
 
 status=0
 for config in $CONFIGS; do
@@ -35,11 +36,8 @@ for config in $CONFIGS; do
     esac
     CONFIG="$config" FLAGS="$flags" RESULTS="$RESULTS" RECORDS="$RECORDS" bash ViT_imagenet/run_different_baselines.sh "$@" || status=$?
 done
-for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) exit "$status" ;; esac; done
+if plan_only "$@"; then exit "$status"; fi
 if [ "$status" -gt 1 ]; then exit "$status"; fi # 1: some cells failed, and the rest make a table
-records="$RECORDS" # the cells of these were not run again
-if [ -z "$records" ] || [ -n "$(find "$RESULTS" -name record.json -print -quit 2>/dev/null)" ]; then
-    records="$records${records:+,}$RESULTS"
-fi
-"$PYTHON" -m repro.report.tables --preset table2 --records "[$records]" --output "$(dirname "$RESULTS")/table2.md"
+records="$(all_records)"
+"$PYTHON" -m repro.report.tables --preset table2 --records "$records" --output "$(dirname "$RESULTS")/table2.md"
 exit "$status"

@@ -6,24 +6,22 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
+source scripts/records.sh
 export FORMS="${FORMS:-identity eq6}" SCALES="${SCALES:-0.2 0.5 0.8 1.0 2 5 10 20 50}" \
     EQ6_SCALES="${EQ6_SCALES:-0.2 0.5 0.8 1.0}" DEEP_PN_SI_SCALES="${DEEP_PN_SI_SCALES:-0.2 0.5 0.8 2 5 10 20 50}"
 export RESULTS="${RESULTS:-results/table3/runs}"
-export RECORDS="${RECORDS-$(compgen -G 'results/table3/*.jsonl' | paste -sd, || true)}"
+export RECORDS="${RECORDS-$(committed results/table3)}"
 folder="$(dirname "$RESULTS")"
 
 status=0
 bash gnn/run_different_baselines.sh "$@" || status=$?
-for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) exit "$status" ;; esac; done
+if plan_only "$@"; then exit "$status"; fi
 if [ "$status" -gt 1 ]; then exit "$status"; fi # 1: some cells failed, and the rest make a table
 
-records="$RECORDS" # the cells of these were not run again
-if [ -z "$records" ] || [ -n "$(find "$RESULTS" -name record.json -print -quit 2>/dev/null)" ]; then
-    records="$records${records:+,}$RESULTS"
-fi
-"$PYTHON" -m repro.report.tables --preset table3 --records "[$records]" --output "$folder/table3.md"
-"$PYTHON" -m repro.report.tables --preset table3 --records "[$records]" --output "$folder/table3_chosen.md" \
+records="$(all_records)"
+"$PYTHON" -m repro.report.tables --preset table3 --records "$records" --output "$folder/table3.md"
+"$PYTHON" -m repro.report.tables --preset table3 --records "$records" --output "$folder/table3_chosen.md" \
     --best scale --by validation_accuracy
-"$PYTHON" -m repro.report.figures --records "[$records]" --kind depth --each data --x depth --label method \
+"$PYTHON" -m repro.report.figures --records "$records" --kind depth --each data --x depth --label method \
     --output "$folder/depth.png"
 exit "$status"

@@ -138,11 +138,10 @@ def _rounded(value: Any, digits: int = 5) -> float | None:
 
 def _run(run: dict[Any, Any], metric: str, results: Path) -> dict[str, Any]:
     curve = curve_of(run["path"], run.get("curve"))
-    curve = {name: _thinned(values) for name, values in curve.items()}
     names = [n for n in ("loss", "train_loss", "validation_accuracy", "test_accuracy", "accuracy") if n in curve]
     where = Path(run["path"]).resolve().relative_to(results.resolve().parent).as_posix()
     seed = None if pd.isna(run["seed"]) else int(run["seed"])
-    packed = {name: [_rounded(value, 3) for value in curve[name]] for name in ("epoch", *names[:2]) if names}
+    packed = {name: [_rounded(value, 3) for value in _thinned(curve[name])] for name in ("epoch", *names[:2]) if names}
     return {"seed": seed, "value": _rounded(run[f"metrics.{metric}"]), "record": where, "curve": packed or None}
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from repro.config import load_yaml, parse_config
 from repro.errors import UserError, run_main
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PAPER = Path(__file__).with_name("paper.yaml")
 # Kind → the column that shows it.
@@ -134,6 +137,21 @@ class Config:
     """A column for each value of this one, named with its metric; unset: one number a line."""
 
 
+def _wide(table: pd.DataFrame, columns: str) -> pd.DataFrame:
+    """A column for each value of `columns`, named with its metric where there are several."""
+    import pandas as pd
+
+    if columns not in table:
+        raise UserError(f"--columns {columns}: these numbers have {', '.join(table.columns.drop('%'))}")
+    one = "metric" not in table or table["metric"].nunique() == 1
+    head = f"{columns} " + table[columns] if one else table[columns] + " " + table["metric"]
+    rest = [name for name in table if name not in (columns, "metric", "%")]
+    heads = pd.Series(head.to_numpy(), index=table[columns].str.zfill(9))  # 8 before 16
+    order = (heads.sort_index(kind="stable") if one else heads).unique()
+    wide = table.assign(head=head).pivot(index=rest, columns="head", values="%")
+    return wide.loc[pd.MultiIndex.from_frame(table[rest].drop_duplicates()), list(order)].fillna("").reset_index()
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     import pandas as pd
@@ -155,18 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [name for name in [*table.columns.difference(last, sort=False), *last] if name not in config.where]
     table = table[names].map(text_of)
     if config.columns:
-        if config.columns not in table:
-            raise UserError(f"--columns {config.columns}: these numbers have {', '.join(set(names) - {'%'})}")
-        one = "metric" not in table or table["metric"].nunique() == 1
-        column = table[config.columns]
-        table["head"] = f"{config.columns} " + column if one else column + " " + table["metric"]
-        rest = [name for name in table if name not in (config.columns, "metric", "%", "head")]
-        heads = table[["head", config.columns]].drop_duplicates()
-        if one:
-            heads = heads.sort_values(config.columns, key=lambda texts: texts.str.zfill(9), kind="stable")  # 8, 16
-        wide = table.pivot(index=rest, columns="head", values="%")
-        order = pd.MultiIndex.from_frame(table[rest].drop_duplicates())
-        table = wide.loc[order, list(heads["head"])].fillna("").reset_index()
+        table = _wide(table, config.columns)
     print(markdown_table(table))
     print("".join(f"- {kind}: {source}.\n" for kind, source in sources), end="")
 

@@ -1,0 +1,13 @@
+# Sourced by the scripts that run a sweep and report on it. RESULTS is the sweep's folder; RECORDS, separated by commas,
+# the records whose cells are not run again.
+
+committed() { compgen -G "$1/*.jsonl" | paste -sd, || true; } # FOLDER: its files of records, separated by commas
+has_runs() { [ -n "$(find "$1" -name record.json -print -quit 2>/dev/null)" ]; } # FOLDER
+plan_only() { # ARGUMENTS of repro.sweep: true when they run nothing
+    local argument
+    for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) return 0 ;; esac; done
+    return 1
+}
+all_records() { # RECORDS, and RESULTS where there are runs of its own or nothing else, as a list
+    if [ -z "$RECORDS" ] || has_runs "$RESULTS"; then echo "[$RECORDS${RECORDS:+,}$RESULTS]"; else echo "[$RECORDS]"; fi
+}
