@@ -129,7 +129,8 @@ def agreement_sentence(verdicts: list[Verdict], title: str, *, named: bool = Tru
     differ = [v for v in decided if not v.agrees]
     text = f"Of {len(verdicts)} cells {title}, {len(run)} have been run here"
     if decided:
-        text += f"; of {len(decided)} with two runs or more, {len(decided) - len(differ)} agree"
+        text += ": " if len(decided) == len(run) else f"; of {len(decided)} with two runs or more, "
+        text += f"{len(decided) - len(differ)} agree"
     if differ:
         text += f" and {len(differ)} do not" + (f" ({_places(differ)})" if named else "")
     turned = [v for v in run if v.reversed]

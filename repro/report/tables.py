@@ -69,7 +69,7 @@ class Config(RecordsConfig):
     show: Literal["table", "cells", "agreement", "sentence", "headline"] = "table"
     """table: the cells, and beside them the numbers from elsewhere; cells: without these; agreement: how many published
     cells agree, and which do not; sentence: the same in a sentence, and what --against finds in another; headline:
-    without naming the cells, and for the first form of ContraNorm only."""
+    without naming the cells, for the first form of ContraNorm only, and silent where no published cell has been run."""
     against: str | None = None
     """Also show how each cell differs from that of this row, over seeds: a method (`vanilla`), or `field=value`."""
     test: Literal["t", "wilcoxon", "both"] | None = None
@@ -398,12 +398,13 @@ def _agreement(
     kinds = {"authors": "published by the authors", "third-party re-run": "of others' re-runs"}
     by_kind = {kind: [v for v in verdicts if v.entry.kind == kind] for kind in kinds}
     named = config.show != "headline"
-    lines = [agreement_sentence(of, kinds[kind], named=named) for kind, of in by_kind.items() if of]
+    told = {kind: of for kind, of in by_kind.items() if of and (named or any(v.cell for v in of))}
+    lines = [agreement_sentence(of, kinds[kind], named=named) for kind, of in told.items()]
     if config.show != "agreement":
         mine = [line for line in ours if line.startswith(METHOD)]
         return " ".join([*lines[:1], *(mine if named else mine[:1])]) + "\n"
     parts = [f"Rule: {RULE}.\n"]
-    for line, of in zip(lines, filter(None, by_kind.values()), strict=True):
+    for line, of in zip(lines, told.values(), strict=True):
         table = agreement_table(of, config.percent)
         parts += [f"{line}\n", *([] if table.empty else [render(table, config.format)])]
     return "\n".join(parts)

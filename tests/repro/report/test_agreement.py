@@ -86,7 +86,16 @@ def test_table_3_s_count_on_the_command_line(root, capsys):
     tables.main([records, "--preset", "table3", "--show", "agreement"])
     text = capsys.readouterr().out
     assert text.startswith("Rule: a published cell agrees when") and "at least ± 0.5 points" in text
-    assert "Of 80 cells published by the authors, 12 have been run here; of 12 with two runs or more" in text
+    assert "Of 80 cells published by the authors, 12 have been run here: 12 agree" in text
     tables.main([records, "--preset", "table3", "--show", "sentence", "--where", "{data: cora}"])
     text = capsys.readouterr().out
     assert text.startswith("Of 20 cells published by the authors, 12 have been run here") and text.count("\n") == 1
+
+
+def test_a_headline_is_silent_where_no_published_cell_has_been_run(root, capsys):
+    records = str(root / "results/table2/records.jsonl")
+    tables.main([records, "--preset", "table2", "--against", "vanilla", "--show", "sentence"])
+    assert capsys.readouterr().out.startswith("Of 2 cells published by the authors, 0 have been run here. ContraNorm")
+    tables.main([records, "--preset", "table2", "--against", "vanilla", "--show", "headline"])
+    text = capsys.readouterr().out
+    assert text.startswith("ContraNorm s=0.1 against vanilla: ") and text.count("against vanilla") == 1
