@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every figure again from the records in results/ (RESULTS names another folder): no training, a few seconds each.
-#   graph runs        accuracy against depth per data set; against the step's scale where several were run; where runs
-#                     were probed, collapse per layer
+#   graph runs        accuracy against depth per data set, each norm at its best scale by validation; against the
+#                     step's scale where several were run; where runs were probed, collapse per layer
 #   image runs        accuracy against depth per model; learning curves of more than one epoch; of the deepest,
 #                     where probed, collapse per layer and spectrum
 #   GLUE runs         where probed, the same for each task, ContraNorm at its best scale
@@ -36,7 +36,7 @@ for folder in "$RESULTS"/*/; do
         continue
     fi
     if holds '"experiment": "gnn"'; then
-        draw --each data --output "$folder/depth"
+        draw --each data --best scale --by validation_accuracy --output "$folder/depth"
         if [ "$(scales | wc -l)" -gt 1 ]; then
             draw --kind scale --each data --output "$folder/scale"
         fi

@@ -22,6 +22,6 @@ records="$(all_records)"
 "$PYTHON" -m repro.report.tables --preset table3 --records "$records" --output "$folder/table3.md"
 "$PYTHON" -m repro.report.tables --preset table3 --records "$records" --output "$folder/table3_chosen.md" \
     --best scale --by validation_accuracy
-"$PYTHON" -m repro.report.figures --records "$records" --kind depth --each data --x depth --label method \
+"$PYTHON" -m repro.report.figures --records "$records" --each data --best scale --by validation_accuracy \
     --output "$folder/depth.png"
 exit "$status"

@@ -44,7 +44,7 @@ from repro.report.records import RecordsConfig, curve_of, find_records, load_rec
 # Okabe and Ito's palette without the yellow, told apart also without colour vision; vermilion is the method's.
 COLOURS = ("#000000", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
 METHOD_COLOURS = ("#D55E00", "#8F3F00", "#F28E4B", "#5E2900")
-MARKERS, DASHES = "osD^vPX*", ("-", "--", "-.", ":")
+MARKERS, DASHES = "osD^vPX*<>phd8", ("-", "--", "-.", ":")
 MAX_LINES = 8  # in one panel; more are shared out evenly over several
 COLUMNS = 3  # panels side by side
 # Collapse metric → axis label with its unit, and the value that means collapsed (None: it depends on the scale).
@@ -387,10 +387,13 @@ def figure_of(frame: pd.DataFrame, config: Config, title: str) -> Figure:
     if published:
         open_marker: dict[str, Any] = {"marker": "o", "markerfacecolor": "#ffffff", "markersize": 8}
         lines.append(Line2D([], [], linestyle="", color="#000000", label="published", **open_marker))
+    caption = CAPTIONS[config.kind]
+    if config.best and config.by:
+        caption += f"; {config.best} chosen by {config.by.replace('_', ' ')}"
     long = max(len(str(line.get_label())) for line in lines) > 45  # two would not fit below one panel
     figure.legend(
         handles=lines, loc="outside lower center", ncols=columns + (columns == 1 and not long), handlelength=3.2,
-        frameon=False, title=CAPTIONS[config.kind], fontsize=8, title_fontsize=7,
+        frameon=False, title=caption, fontsize=8, title_fontsize=7,
     )  # fmt: skip
     figure.suptitle(title)
     return figure

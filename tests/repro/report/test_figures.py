@@ -86,6 +86,7 @@ def test_lines_are_told_apart_without_colour():
     labels = [f"m{n}" for n in range(24)] + [f"ContraNorm s={n}" for n in range(8)]
     looks = [style_of(label, labels) for label in labels]
     assert len({(s["marker"], s["linestyle"]) for s in looks}) == 32
+    assert len({style_of(label, labels[:13])["marker"] for label in labels[:13]}) == 13  # as many as Table 3 has norms
     assert len({s["color"] for s in looks[:7]}) == 7 and {s["color"] for s in looks[:24]}.isdisjoint(
         s["color"] for s in looks[24:]
     )
