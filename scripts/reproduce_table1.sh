@@ -17,7 +17,7 @@ case "$PRESET" in
     cpu)
         MODELS="${MODELS:-minilm}"
         export TASKS="${TASKS:-cola mrpc rte stsb}" SCALES="${SCALES:-vanilla 0.01 0.05 0.1 0.2}" SEEDS="${SEEDS:-0 1 2}"
-        export FLAGS="${FLAGS:---num_train_epochs 2 --learning_rate 1e-4 --group_by_length --probe}"
+        export CONFIG="${CONFIG:-BERT_glue/configs/minilm.yaml}"
         main_seeds="$SEEDS" more_seeds="${MORE_SEEDS:-3 4}"
         ;;
     *) echo "error: PRESET knows paper and cpu, not $PRESET" >&2 && exit 2 ;;

@@ -129,6 +129,9 @@ def test_table_1_on_a_laptop(shell: Any, monkeypatch: Any, root: Path) -> None:
     monkeypatch.chdir(root)
     configs = [parse([*shlex.split(line)[3:], "--output_dir", "x"]) for line in lines]
     assert len(configs) == 4 * 5 * 3 + 7 * 3 + 3 and {c.model_name_or_path for c in configs} == {"minilm"}
+    assert {(c.num_train_epochs, c.learning_rate, c.group_by_length, c.probe) for c in configs} == {
+        (2, 1e-4, True, True)
+    }
     rte = {c.label().method for c in configs if c.task_name == "rte" and c.scale == 0.05}
     assert len(rte) == 9 and {"ContraNorm s=0.05", "ContraNorm s=0.05 (padding in)"} < rte
     (message,), _ = shell("scripts/reproduce_table1.sh", PRESET="gpu", check=False)
