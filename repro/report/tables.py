@@ -346,7 +346,8 @@ def build(config: Config, entries: list[Entry]) -> str:
         frame = select_best(frame, keys, config.best, config.by)
     cells = in_order(aggregate(frame, keys, metric), rows, columns)
     protocols = sorted(set(cells["protocol"]))
-    if len(protocols) > 1 and "protocol" not in keys:
+    mixed = cells.groupby("data")["protocol"].nunique() if "data" in keys and _named_by_data(cells) else [len(protocols)]
+    if max(mixed) > 1 and "protocol" not in keys:
         raise UserError(f"the records mix protocols ({', '.join(protocols)}): add protocol to --rows, or use --where")
     if config.average and columns:
         cells = in_order(add_average(cells, frame, rows, columns, metric, split_names(config.average)), rows, columns)
@@ -378,6 +379,11 @@ def build(config: Config, entries: list[Entry]) -> str:
     below = "".join(f"{comment}{'' if comment else '- '}{note.removesuffix('.')}.\n" for note in notes)
     parts = [f"{comment}{_caption(frame, config)}\n", *(render(part, config.format) for part in (table, *more))]
     return "\n".join([*parts, *([below] if below else [])])
+
+
+def _named_by_data(cells: pd.DataFrame) -> bool:
+    """Whether each cell's protocol bears its data set's name, as image runs' do: tables of several are no mixture."""
+    return all(str(data) in str(protocol) for data, protocol in zip(cells["data"], cells["protocol"], strict=True))
 
 
 def _agreement(
