@@ -346,7 +346,8 @@ def build(config: Config, entries: list[Entry]) -> str:
         frame = select_best(frame, keys, config.best, config.by)
     cells = in_order(aggregate(frame, keys, metric), rows, columns)
     protocols = sorted(set(cells["protocol"]))
-    mixed = cells.groupby("data")["protocol"].nunique() if "data" in keys and _named_by_data(cells) else [len(protocols)]
+    apart = "data" in keys and _named_by_data(cells)
+    mixed = cells.groupby("data")["protocol"].nunique() if apart else [len(protocols)]
     if max(mixed) > 1 and "protocol" not in keys:
         raise UserError(f"the records mix protocols ({', '.join(protocols)}): add protocol to --rows, or use --where")
     if config.average and columns:

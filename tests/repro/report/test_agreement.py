@@ -99,3 +99,9 @@ def test_a_headline_is_silent_where_no_published_cell_has_been_run(root, capsys)
     tables.main([records, "--preset", "table2", "--against", "vanilla", "--show", "headline"])
     text = capsys.readouterr().out
     assert text.startswith("ContraNorm s=0.1 against vanilla: ") and text.count("against vanilla") == 1
+
+
+def test_protocols_that_bear_their_data_set_s_name_share_a_table(root, capsys):
+    records = str(root / "results/table2/records.jsonl")
+    tables.main([records, "--preset", "table2", "--against", "vanilla"])
+    assert "| CIFAR10 | " in (text := capsys.readouterr().out) and "| TINY " in text and "TINY validation split" in text
