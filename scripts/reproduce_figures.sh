@@ -6,8 +6,8 @@
 #                     where probed, collapse per layer and spectrum
 #   GLUE runs         where probed, the same for each task, ContraNorm at its best scale
 #   self-supervised   for each file of records: spectra, learning curves, likelihood by prefix where there are tokens
-# The figures are written beside the records, as SVG and PNG. results/flags and results/table3_exact hold single cells,
-# which are no curves. `python -m repro.report.check` tells whether they are up to date.
+# The figures are written beside the records, as SVG and PNG. results/flags holds single cells and results/table3_exact one
+# method, which are not drawn. `python -m repro.report.check` tells whether they are up to date.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh

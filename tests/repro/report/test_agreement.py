@@ -104,4 +104,5 @@ def test_a_headline_is_silent_where_no_published_cell_has_been_run(root, capsys)
 def test_protocols_that_bear_their_data_set_s_name_share_a_table(root, capsys):
     records = str(root / "results/table2/records.jsonl")
     tables.main([records, "--preset", "table2", "--against", "vanilla"])
-    assert "| CIFAR10 | " in (text := capsys.readouterr().out) and "| TINY " in text and "TINY validation split" in text
+    text = capsys.readouterr().out
+    assert "| CIFAR10 | " in text and "| TINY " in text and "TINY validation split" in text
