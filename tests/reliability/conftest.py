@@ -98,11 +98,13 @@ def launch_forked(flags: list[str], modules: tuple[str, ...], environment: dict[
     return preload.ForkedProcess(forked(body, Path(os.devnull), keep=(channel.fileno(),)))
 
 
-def start_sweep(results: Path, lines: list[str], *, jobs: int = 2, pause: float = 0.0) -> int:
+def start_sweep(
+    results: Path, lines: list[str], *, jobs: int = 2, pause: float = 0.0, leash: Path | None = None
+) -> int:
     """Start `repro.sweep` over `lines` in a child; its process number."""
 
     def body() -> int:
-        os.environ["TINY_PAUSE"] = str(pause)
+        os.environ |= {"TINY_PAUSE": str(pause), "TINY_LEASH": str(leash or "")}
         preload.launch = launch_forked
         reading, writing = os.pipe()
         os.write(writing, "".join(f"{line}\n" for line in lines).encode())

@@ -29,8 +29,12 @@ class Config(RunConfig):
         return CellLabel(data="random", model="linear", method="vanilla")
 
 
-def experiment(config: Config, pause: float = 0.0) -> None:
-    """Least squares by SGD with momentum on random batches: every step depends on all the state before it."""
+def experiment(config: Config, pause: float = 0.0, leash: Path | None = None) -> None:
+    """Least squares by SGD with momentum on random batches: every step depends on all the state before it.
+
+    A step takes `pause` seconds more. With `leash`, a file that holds a number, the run with seed s waits at step t
+    until the number is at least t(s + 1).
+    """
     with Run(config.output_dir, "tiny", config) as run:
         if run.done:
             return
@@ -54,6 +58,8 @@ def experiment(config: Config, pause: float = 0.0) -> None:
             last = loss.item()
             run.log({"epoch": step, "loss": last})
             time.sleep(pause)
+            while leash is not None and step * (config.seed + 1) > float(leash.read_text()):
+                time.sleep(0.01)
             state = {"weight": weight.detach(), "optimizer": optimizer.state_dict(), "rng": rng_state(), "last": last}
             run.checkpoint(step, state)
         run.finish({"loss": last, "weight": weight.tolist()}, protocol="tiny", selection="last step")
@@ -66,7 +72,8 @@ def main() -> None:
     folder = Path(config.output_dir)
     with open(folder / "starts.txt", "a") as file:
         file.write("again\n" if (folder / "record.json").exists() else "start\n")
-    experiment(config, float(os.environ.get("TINY_PAUSE", "0")))
+    leash = os.environ.get("TINY_LEASH")
+    experiment(config, float(os.environ.get("TINY_PAUSE", "0")), Path(leash) if leash else None)
 
 
 if __name__ == "__main__":
