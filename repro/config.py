@@ -6,6 +6,7 @@ import abc
 import argparse
 import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import os
@@ -127,6 +128,7 @@ class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
         return text
 
 
+@functools.cache  # building one takes longer than parsing a line, and a sweep has thousands of lines
 def build_parser(cls: type, *, prog: str, description: str = "") -> jsonargparse.ArgumentParser:
     """A parser with one flag per field of dataclass `cls`, in a group for each class that `cls` inherits.
 
@@ -234,7 +236,9 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None, *, prog: str, 
         UserError: unknown flag, unknown YAML key, a value of the wrong type; names the key. `run_main` makes that
             one line and exit code 2.
     """
-    parser = build_parser(cls, prog=prog, description=description)
+    parser = build_parser(cls, prog=prog, description=description)  # type: ignore[arg-type]
+    made = {f.name: f.default_factory for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    parser.set_defaults({name: make() for name, make in made.items() if make is not dataclasses.MISSING})
     try:
         namespace = parser.parse_args(_expand(cls, sys.argv[1:] if argv is None else argv))
     except _UNREADABLE as error:

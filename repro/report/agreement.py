@@ -6,13 +6,13 @@ name, else with that of the highest validation metric, never with the nearest on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from repro.report.cells import show, signed, text_of
+from repro.report.cells import rows_of, show, signed, text_of
 from repro.report.published import METHOD, Entry
 from repro.report.stats import FLOOR, Summary, agreement
 
@@ -56,9 +56,9 @@ def agrees(cell: Mapping[Any, Any], entry: Entry) -> tuple[float | None, bool | 
     return p, None if half is None else bool(abs(cell["mean"] - entry.mean) <= half)
 
 
-def judge(tables: Mapping[str, pd.DataFrame], entries: list[Entry]) -> list[Verdict]:
+def judge(tables: Mapping[str, pd.DataFrame], entries: Sequence[Entry]) -> list[Verdict]:
     """One verdict per published number; `tables` holds our cells by metric."""
-    known = {metric: cells.to_dict("records") for metric, cells in tables.items()}
+    known = {metric: rows_of(cells) for metric, cells in tables.items()}
     found = []
     for entry in entries:
         fitting = [cell for cell in known.get(entry.metric, ()) if entry.fits(cell)]

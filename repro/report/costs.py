@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from repro.report.cells import text_of
+from repro.report.cells import rows_of, text_of
 
 EXPLAINED = (
     "Costs: multiply-adds of one forward pass, of the whole graph or of one example, seconds of a run and of training "
@@ -21,7 +21,7 @@ EXPLAINED = (
 def cost_table(cells: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """One row per cell, medians over its runs; columns that no record fills are left out."""
     rows = []
-    measured = [cell for cell in cells.to_dict("records") if isinstance(cell.get("runs"), pd.DataFrame)]
+    measured = [cell for cell in rows_of(cells) if isinstance(cell.get("runs"), pd.DataFrame)]
     fixed = {*keys, "tuning_trials", *_depths(measured)}
     for cell in measured:
         runs = cell["runs"]

@@ -32,6 +32,7 @@ from repro.report.cells import (
     aggregate,
     no_field,
     ordered_labels,
+    rows_of,
     select_best,
     select_runs,
     sortable,
@@ -147,7 +148,7 @@ def depth_panels(frame: pd.DataFrame, config: Config) -> list[list[Panel]]:
         line = cells[cells[config.label] == label].sort_values(config.x)
         points = pd.DataFrame([cell["values"].reset_index(drop=True) for _, cell in line.iterrows()])
         series = series_of(label, points.set_axis([float(x) for x in line[config.x]]), 100)
-        for cell in line.to_dict("records"):
+        for cell in rows_of(line):
             for entry in [entry for entry in entries if entry.fits(cell)]:
                 series.published.append((float(cell[config.x]), entry.mean * 100))
                 entries.remove(entry)  # one marker, also where several scales answer to it
@@ -173,7 +174,7 @@ def scale_panels(frame: pd.DataFrame, config: Config) -> list[list[Panel]]:
             ends.add(family.partition(" + ")[2])
         level = []
         for method in ordered_labels(cells, "method"):
-            (cell,) = cells[cells["method"] == method].to_dict("records")
+            (cell,) = rows_of(cells[cells["method"] == method])
             if pd.isna(cell["identity"]) and method == cell["family"] and method.partition(" + ")[2] in ends:
                 values = pd.DataFrame([cell["values"].reset_index(drop=True)] * 2, index=[0.0, 1.0])
                 level.append(series_of(method, values, 100))
@@ -447,6 +448,8 @@ def write(figure: Figure, path: Path, command: str) -> list[Path]:
         ".pdf": {"CreationDate": None, "Subject": command},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once for all files, not at each of two passes of each
     paths = [path] if path.suffix else [path.with_name(path.name + ending) for ending in (".svg", ".png")]
     for file in paths:
         with matplotlib.rc_context({"svg.hashsalt": "contranorm", "svg.fonttype": "none"}):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from repro.config import parse_config
 from repro.errors import UserError, run_main
 from repro.files import write_atomic
 from repro.report.agreement import RULE, agreement_sentence, agrees, judge
-from repro.report.cells import aggregate, comparison, in_order, notes_on, separate, show, sortable, text_of
+from repro.report.cells import aggregate, comparison, in_order, notes_on, rows_of, separate, show, sortable, text_of
 from repro.report.published import KINDS, Entry, load_entries
 from repro.report.records import curve_of, find_records, load_records
 from repro.report.stats import difference, holm
@@ -38,7 +39,7 @@ class Config:
     """Folder of results: its sub-folders hold records and figures."""
 
 
-def build_index(results: Path, entries: list[Entry]) -> dict[str, Any]:
+def build_index(results: Path, entries: Sequence[Entry]) -> dict[str, Any]:
     """The page as data: tables with their cells, and figures with the command that draws them.
 
     Raises:
@@ -66,7 +67,7 @@ def command_in(path: Path) -> str:
     return html.unescape(found[1]) if found else ""
 
 
-def _table(frame: pd.DataFrame, name: str, results: Path, entries: list[Entry]) -> dict[str, Any]:
+def _table(frame: pd.DataFrame, name: str, results: Path, entries: Sequence[Entry]) -> dict[str, Any]:
     """One table: rows by data, model and method, columns by depth, or by data where no depth is set."""
     known = [str(name) for name in frame if frame[name].notna().all()]
     measured = [name.removeprefix("metrics.") for name in known if name.startswith("metrics.")]
@@ -76,7 +77,7 @@ def _table(frame: pd.DataFrame, name: str, results: Path, entries: list[Entry]) 
     keys = separate(frame, [*rows, columns], metric)
     extra = [key for key in keys if key not in (*rows, columns)]
     cells = in_order(aggregate(frame, keys, metric), [*rows, *extra], columns)
-    raw = cells.to_dict("records")
+    raw = rows_of(cells)
     first = raw[0]
     about = {"experiment": {first["experiment"]}, "protocol": {first["protocol"]}, "data": set(cells["data"])}
     scope = [e for e in entries if e.kind == "authors" and all(e.match.get(k) in (None, *v) for k, v in about.items())]
@@ -106,21 +107,22 @@ def _table(frame: pd.DataFrame, name: str, results: Path, entries: list[Entry]) 
     }  # fmt: skip
 
 
-def _cell(cell: dict[Any, Any], metric: str, results: Path, entries: list[Entry]) -> dict[str, Any]:
+def _cell(cell: dict[Any, Any], metric: str, results: Path, entries: Sequence[Entry]) -> dict[str, Any]:
     """What a cell opens to."""
     runs: pd.DataFrame = cell["runs"].sort_values("seed")
     published = []
-    for entry in entries:
+    for entry in filter(lambda entry: entry.fits(cell), entries):
         column = f"metrics.{entry.metric}"
-        if column in runs and runs[column].notna().all() and entry.fits(cell):
+        if column in runs and runs[column].notna().all():
             p, verdict = agrees({"mean": runs[column].mean(), "std": runs[column].std(ddof=1), "n": len(runs)}, entry)
             published.append({
                 "kind": KINDS[entry.kind], "metric": entry.metric, "value": show(entry.mean, entry.std, entry.n),
                 "source": entry.source,
                 "notes": entry.notes(cell), "p": _rounded(p), "agrees": verdict,
             })  # fmt: skip
-    own = [_run(run, metric, results) for run in runs.to_dict("records")]
-    environments = [run.get("environment") or {} for run in runs.to_dict("records")]
+    records = rows_of(runs)
+    own = [_run(run, metric, results) for run in records]
+    environments = [run.get("environment") or {} for run in records]
     return {
         "data": text_of(cell.get("data")), "depth": text_of(cell.get("depth")), "method": text_of(cell["method"]),
         "metric": metric, "mean": _rounded(cell["mean"]), "std": _rounded(cell["std"]),

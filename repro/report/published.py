@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,8 @@ class Entry:
         return [note for note in (self.note, BEST_SCALE if any_scale else "") if note]
 
 
-def load_entries(path: Path = PAPER) -> list[Entry]:
+@functools.cache
+def load_entries(path: Path = PAPER) -> tuple[Entry, ...]:
     """Read and check a file of numbers; percent become fractions.
 
     Raises:
@@ -110,7 +112,7 @@ def load_entries(path: Path = PAPER) -> list[Entry]:
                 named = f"{where}, {methods[0]} {key}"
                 spread = None if std is None else _fraction(std, f"{named}: std")
                 entries.append(Entry(kind, source, match, metric, _fraction(mean, f"{named}: mean"), spread, n, note))
-    return entries
+    return tuple(entries)
 
 
 def _check_keys(part: Any, known: set[str], needed: set[str], where: str) -> None:

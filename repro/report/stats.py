@@ -5,6 +5,7 @@ Runs are a `Series` of one metric, indexed by what pairs them (seed, split); sum
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def difference(a: pd.Series[Any], b: pd.Series[Any]) -> Difference:
         if not spread:
             return Difference(mean, mean, mean, len(paired), None, None, True)
         test = stats.ttest_1samp(paired, 0)
-        rank = float(stats.wilcoxon(paired, method="exact" if _no_ties(paired) else "auto").pvalue)
+        rank = _signed_rank_p(tuple(paired))
     else:
         mean, rank = float(a.mean() - b.mean()), None
         if min(len(a), len(b)) < 2 or not (_spread(a) or _spread(b)):
@@ -79,14 +80,16 @@ def difference(a: pd.Series[Any], b: pd.Series[Any]) -> Difference:
     return Difference(mean, float(low), float(high), n, float(test.pvalue), rank, paired is not None)
 
 
+@functools.cache  # a page and its tables ask for the same ones
+def _signed_rank_p(numbers: tuple[float, ...]) -> float:
+    sizes = np.abs(numbers)
+    ties = len(np.unique(sizes)) < len(sizes) or not sizes.all()
+    return float(stats.wilcoxon(numbers, method="auto" if ties else "exact").pvalue)
+
+
 def _spread(numbers: pd.Series[Any]) -> float:
     """The standard deviation; 0 where only rounding tells the numbers apart."""
     return 0.0 if np.ptp(numbers) <= 1e-12 else float(numbers.std(ddof=1))
-
-
-def _no_ties(numbers: pd.Series[Any]) -> bool:
-    sizes = numbers.abs()
-    return bool(sizes.is_unique and (sizes > 0).all())
 
 
 def tost(a: pd.Series[Any], b: pd.Series[Any], margin: float) -> float | None:

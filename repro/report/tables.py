@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from repro.report.cells import (
     in_order,
     metrics_of,
     notes_on,
+    rows_of,
     select_best,
     select_runs,
     show,
@@ -138,7 +139,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def compare(
-    tables: dict[str, pd.DataFrame], keys: list[str], metric: str, entries: list[Entry], config: Config
+    tables: dict[str, pd.DataFrame], keys: list[str], metric: str, entries: Sequence[Entry], config: Config
 ) -> tuple[pd.DataFrame, list[str]]:
     """One row per cell with a number from elsewhere, of `metric` or else another, and notes: marks, then sources."""
     shown = [*keys, *({config.best} - {None, *keys})]
@@ -146,7 +147,7 @@ def compare(
     p_values: list[float | None] = []
     marks, sources, compared = dict[str, str](), dict[str, dict[str, None]](), set[tuple[str, ...]]()
     for name, cells in tables.items():
-        for cell in cells.to_dict("records"):
+        for cell in rows_of(cells):
             labels = tuple(text_of(cell[str(key)]) for key in shown)
             found = [entry for entry in entries if entry.metric == name and entry.fits(cell)]
             if not found or (name != metric and labels in compared):
@@ -171,7 +172,7 @@ def compare(
 
 
 def _beside(
-    cell: dict[Any, Any], found: list[Entry], marks: dict[str, str], percent: bool
+    cell: dict[Any, Any], found: Sequence[Entry], marks: dict[str, str], percent: bool
 ) -> tuple[dict[str, str], float | None]:
     """The numbers of each kind in one column, then ours and how they differ (from the released code, if it was run)."""
     row = {}
@@ -330,7 +331,7 @@ def _caption(frame: pd.DataFrame, config: Config) -> str:
     return "; ".join(parts) + "."
 
 
-def build(config: Config, entries: list[Entry]) -> str:
+def build(config: Config, entries: Sequence[Entry]) -> str:
     """The whole text: caption, table, and the comparison where numbers from elsewhere exist."""
     frame = select_runs(load_records(config.records), config.where)
     if config.tuned:
@@ -388,7 +389,7 @@ def _named_by_data(cells: pd.DataFrame) -> bool:
 
 
 def _agreement(
-    frame: pd.DataFrame, others: Iterable[str], entries: list[Entry], ours: list[str], config: Config
+    frame: pd.DataFrame, others: Iterable[str], entries: Sequence[Entry], ours: list[str], config: Config
 ) -> str:
     """`--show agreement`, `sentence` and `headline`: the published cells of these experiments; every scale counts."""
     keys = [*split_names(config.rows), *split_names(config.columns)]

@@ -100,6 +100,7 @@ def test_a_figure_that_nothing_draws_is_refused(repository, capsys):
     assert "other.svg: generated block: only" in printed and "is run, not 'rm -rf x'" in printed
 
 
+@pytest.mark.timeout(900)  # a minute or two, more beside other processes; it grows with the records
 def test_what_is_committed_is_what_its_records_say(root, monkeypatch, capsys):
     monkeypatch.chdir(root)
     code = check.main([])

@@ -286,6 +286,13 @@ def comparison(text):
     return cells_of("|" + text.split("\n\n|", 2)[2])
 
 
+def test_a_published_metric_that_no_chosen_run_has(write_records, table):
+    """GLUE's tasks have metrics of their own: a table of CoLA alone has none of MRPC's."""
+    for task, metric in (("cola", "matthews_correlation"), ("mrpc", "f1")):
+        folder = write_records([{"score": 0.5, metric: 0.5}], data=task, model="minilm", method="vanilla")
+    assert "50.00 (1)" in table(folder, "--preset", "table1", "--where", "{data: cola}", rows="")
+
+
 def test_table_3_of_the_committed_records_has_a_published_number_wherever_there_is_one(table, root):
     text = table(str(root / "results/table3_cora/records.jsonl"), "--preset", "table3", rows="")
     rows = {(row["method"], int(row["depth"])): row for row in comparison(text)}
