@@ -60,7 +60,7 @@ def shell(root: Path, tmp_path: Path) -> Any:
 def test_sweep_covers_tasks_scales_and_seeds(
     shell: Any, monkeypatch: Any, root: Path, suffix: str, model: str, table: str
 ) -> None:
-    calls, lines = shell(f"BERT_glue/run_different_baselines{suffix}.sh", "--dry-run", JOBS="3", SEEDS="7")
+    calls, lines = shell(f"BERT_glue/run_different_baselines{suffix}.sh", "--dry-run", JOBS="3", SEEDS="7", RECORDS="")
     assert calls == ["-m repro.sweep --results results/table1/runs --jobs 3 --cluster local --dry-run"]
     assert len(lines) == len(set(lines)) == 8 * 6
     monkeypatch.chdir(root)
@@ -112,7 +112,8 @@ def test_table_1_runs_both_sweeps_then_the_table(shell: Any, tmp_path: Path) -> 
     results = tmp_path / "somewhere" / "runs"
     results.mkdir(parents=True)
     (results.parent / "table1.md").write_text("made by repro.report.tables\n")
-    calls, lines = shell("scripts/reproduce_table1.sh", RESULTS=str(results), TASKS="rte", SCALES="vanilla 0.1")
+    chosen = {"RESULTS": str(results), "TASKS": "rte", "SCALES": "vanilla 0.1", "RECORDS": ""}
+    calls, lines = shell("scripts/reproduce_table1.sh", **chosen)
     assert [call.split()[1] for call in calls] == ["repro.sweep", "repro.sweep", "repro.report.tables"]
     assert (
         "--preset table1" in calls[2] and f"--records [{results}]" in calls[2] and "--best scale --by score" in calls[2]
@@ -120,12 +121,12 @@ def test_table_1_runs_both_sweeps_then_the_table(shell: Any, tmp_path: Path) -> 
     assert [line.split("--model_name_or_path ")[1].split()[0] for line in lines] == ["bert-base-uncased"] * 2 + [
         "albert-base-v2"
     ] * 2
-    calls, _ = shell("scripts/reproduce_table1.sh", "--dry-run", MODELS="minilm")
+    calls, _ = shell("scripts/reproduce_table1.sh", "--dry-run", MODELS="minilm", RECORDS="")
     assert [call.split()[1] for call in calls] == ["repro.sweep"]
 
 
 def test_table_1_on_a_laptop(shell: Any, monkeypatch: Any, root: Path) -> None:
-    _, lines = shell("scripts/reproduce_table1.sh", "--dry-run", PRESET="cpu")
+    _, lines = shell("scripts/reproduce_table1.sh", "--dry-run", PRESET="cpu", RECORDS="")
     monkeypatch.chdir(root)
     configs = [parse([*shlex.split(line)[3:], "--output_dir", "x"]) for line in lines]
     assert len(configs) == 4 * 5 * 3 + 7 * 3 + 3 and {c.model_name_or_path for c in configs} == {"minilm"}
