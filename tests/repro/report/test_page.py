@@ -12,7 +12,7 @@ import pytest
 
 from repro.errors import UserError
 from repro.report import figures, page
-from repro.report.page import inline_svg
+from repro.report.page import inline_svg, with_classes
 
 GNN = {"model": "DeepGCN", "hid": 32, "epochs": 200, "protocol": "reference", "selection": "last epoch"}
 
@@ -160,6 +160,15 @@ def test_a_figure_is_written_short():
         '<svg><g style="fill: #0072b2"><use href="#m" x="0.1"/><use href="#m" x="1.1"/><use href="#m" x="2.1"/></g>'
         '<text style="font-size: 8px; font-family: sans-serif; text-anchor: start">2.50 s</text></svg>'
     )
+
+
+def test_figures_share_the_rules_of_their_styles():
+    styled = {name: f'<svg><g style="fill: red"/><g style="stroke: {name}"/></svg>' for name in ("blue", "red")}
+    figures, rules = with_classes(styled)
+    assert figures == {
+        "blue": '<svg><g class="s0"/><g class="s1"/></svg>', "red": '<svg><g class="s0"/><g class="s2"/></svg>'
+    }  # fmt: skip
+    assert rules.splitlines() == [".s0 { fill: red }", ".s1 { stroke: blue }", ".s2 { stroke: red }"]
 
 
 def test_notes_and_budgets(results, write_records):
