@@ -252,6 +252,7 @@ def against_sentences(cells: pd.DataFrame, config: Config) -> list[str]:
     cells = cells[cells["found"].notna()]
     name = next((name for name in ("method", "family") if name in split_names(config.rows)), "method")
     for method, own in cells.groupby("family" if config.best == "scale" else name, sort=False):
+        own = own[own["runs"].notna()]  # an average is no cell more
         means = [found.mean for found in own["found"]]
         shown = [found.mean for found, p in zip(own["found"], own["p"], strict=True) if p[0] < LEVEL]
         low, high = (signed(bound, config.percent) for bound in bootstrap_mean(means))

@@ -365,6 +365,8 @@ def test_an_average_over_fewer_tasks_says_so_and_has_no_published_number_beside_
     text = table(folder, "--preset", "table1", "--best", "scale", "--by", "score", rows="")
     assert [row["data average of mrpc, rte"] for row in cells_of(text)] == ["60.00 ± 0.00 (2)"] * 2
     assert "published" not in text
+    text = table(folder, "--preset", "table1", "--best", "scale", "--by", "score", "--against", "vanilla", rows="")
+    assert "over 2 cells, " in text  # an average is no cell more
     folder = write_glue(write_records, ["rte"], lambda *a: 0.5)
     text = table(folder.replace("mrpc", ""), "--preset", "table1", "--where", "{data: rte}", "--best", "scale", "--by",
                  "score", rows="")  # fmt: skip
