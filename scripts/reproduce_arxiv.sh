@@ -2,7 +2,7 @@
 # ogbn-arxiv: a teacher and a student for each arm and seed, then a table beside the published numbers and a figure of
 # what D-ContraNorm does over training.
 #   bash scripts/reproduce_arxiv.sh --dry-run                                  the published protocol: lines, GPU hours
-#   DATA=dblp SEEDS="0 1 2" EPOCHS=100 FLAGS="--n_hidden 64" bash scripts/reproduce_arxiv.sh       on a laptop
+#   DATA=dblp SEEDS="0 1 2" EPOCHS=120 FLAGS="--n_hidden 64" bash scripts/reproduce_arxiv.sh       on a laptop
 # Arms: none; dcn (D-ContraNorm, s = 1, tau = 1, as published); dcn-scaled (this project's own: tau = N / D).
 # A student's teacher is the one of its own arm and seed: the release does not say how its teachers were trained.
 # Arguments go to repro.sweep. Stopped in the middle, the same command resumes.

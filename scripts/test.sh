@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every check: style, types, tests. Makes .venv first if it is missing; works from any folder.
-#   bash scripts/test.sh                          about 10 minutes on 2 cores
+#   bash scripts/test.sh                          10 to 15 minutes on 2 cores
 #   bash scripts/test.sh tests/repro -x           other arguments go to pytest
 #   bash scripts/test.sh --slurm                  the tests of real SLURM daemons too (installs them, when root)
 #   bash scripts/test.sh --slow                   the long ones too
@@ -34,7 +34,7 @@ check() {
 }
 check 60 ruff check .
 check 60 ruff format --check .
-check 180 mypy
+check 180 mypy -n 2
 timeout --foreground --signal=INT --kill-after=30 "${TEST_SECONDS:-1800}" \
     "$PYTHON" -m pytest -q -n "${JOBS:-2}" --dist loadfile --no-loadscope-reorder -m "$marks" "${arguments[@]}" || status=$?
 exit "$status"

@@ -7,7 +7,7 @@ name, else with that of the highest validation metric, never with the nearest on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -69,7 +69,7 @@ def judge(tables: Mapping[str, pd.DataFrame], entries: Sequence[Entry]) -> list[
         cell = max(named or fitting, key=lambda cell: _validation(cell, entry.metric))
         others = [other for other in fitting if other is not cell and agrees(other, entry)[1]]
         found.append(Verdict(entry, cell, *agrees(cell, entry), also=tuple(str(other["method"]) for other in others)))
-    return [Verdict(v.entry, v.cell, v.p, v.agrees, v.also, tuple(_reversed(v, found))) if v.cell else v for v in found]
+    return [replace(v, reversed=_reversed(v, v.cell, found)) if v.cell else v for v in found]
 
 
 def _validation(cell: Mapping[Any, Any], metric: str) -> float:
@@ -80,21 +80,17 @@ def _validation(cell: Mapping[Any, Any], metric: str) -> float:
     return 0.0 if "test" in metric else float(cell["mean"])
 
 
-def _reversed(verdict: Verdict, verdicts: list[Verdict]) -> list[str]:
+def _reversed(verdict: Verdict, cell: Mapping[Any, Any], verdicts: list[Verdict]) -> tuple[str, ...]:
     """Methods published beside ContraNorm whose mean is below its own there and above here, or the other way round."""
     mine = verdict.entry
     if not any(method.startswith(METHOD) for method in mine.match["method"]):
-        return []
-    beside = [
-        v
-        for v in verdicts
-        if v.cell and v is not verdict and v.entry.place == mine.place and v.entry.source == mine.source
-    ]
-    return [
+        return ()
+    return tuple(
         str(v.entry.match["method"][0])
-        for v in beside
-        if v.cell and verdict.cell and (mine.mean - v.entry.mean) * (verdict.cell["mean"] - v.cell["mean"]) < 0
-    ]
+        for v in verdicts
+        if v.cell and v.entry.place == mine.place and v.entry.source == mine.source
+        if (mine.mean - v.entry.mean) * (cell["mean"] - v.cell["mean"]) < 0
+    )
 
 
 def agreement_table(verdicts: list[Verdict], percent: bool) -> pd.DataFrame:

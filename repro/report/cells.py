@@ -43,8 +43,9 @@ def select_runs(frame: pd.DataFrame, where: dict[str, str]) -> pd.DataFrame:
 
 def select_best(frame: pd.DataFrame, keys: list[str], best: str, by: str) -> pd.DataFrame:
     """Keep, in each group of `keys`, the runs of the value of `best` with the highest mean of metric `by`."""
-    if best not in frame:
-        raise no_field(f"--best {best}", frame)
+    for name in (*keys, best):
+        if name not in frame:
+            raise no_field(name, frame)
     if f"metrics.{by}" not in frame:
         raise UserError(f"--by {by}: no record has that metric; there are {metrics_of(frame)}")
     kept = []
@@ -75,18 +76,19 @@ def aggregate(frame: pd.DataFrame, keys: list[str], metric: str) -> pd.DataFrame
         where = ", ".join(f"{k}={v}" for k, v in labels.items())
         for name, found in mixed(group, keys).items():
             raise UserError(f"cell {where} mixes {name}: {', '.join(found)}; add it to --rows, or choose with --where")
-        runs = _one_per_replicate(group, column, where)
+        runs = one_per_replicate(group, column, where)
         if runs[column].isna().any():
             path = runs["path"][runs[column].isna()].iloc[0]
             raise UserError(f"cell {where}: {metric} is missing or not a number in {path}")
         seeds = replicate(runs)
         index = pd.Index(seeds.where(seeds.notna(), runs["path"]), tupleize_cols=False)
         values = pd.Series(runs[column].to_numpy(dtype=float), index=index)
-        cells.append({**group.iloc[0], **labels, **_spread(values), "runs": runs})
+        cells.append({**group.iloc[0], **labels, **spread_of(values), "runs": runs})
     return pd.DataFrame(cells)
 
 
-def _spread(numbers: pd.Series[Any]) -> dict[str, Any]:
+def spread_of(numbers: pd.Series[Any]) -> dict[str, Any]:
+    """Mean, sample standard deviation, number and values of a cell's runs."""
     return {"mean": numbers.mean(), "std": numbers.std(ddof=1), "n": len(numbers), "values": numbers}
 
 
@@ -110,7 +112,7 @@ def add_average(
         if len(by_run):
             known = {k: part[k].iloc[0] for k in ("protocol", "selection", "experiment", "method", "family", "order")}
             labels = dict(zip(rows, values, strict=True)) | {columns: name}
-            added.append({**known, **labels, **_spread(by_run)})
+            added.append({**known, **labels, **spread_of(by_run)})
     return pd.concat([cells, pd.DataFrame(added)], ignore_index=True)
 
 
@@ -160,7 +162,7 @@ def replicate(frame: pd.DataFrame) -> pd.Series[Any]:
     return pd.Series([None if pd.isna(seed) else (seed, split) for seed, split in pairs], index=frame.index)
 
 
-def _one_per_replicate(group: pd.DataFrame, column: str, where: str) -> pd.DataFrame:
+def one_per_replicate(group: pd.DataFrame, column: str, where: str) -> pd.DataFrame:
     """The same run found twice (say, in two result folders) counts once; two different ones are an error."""
     runs = replicate(group)
     if runs.isna().any() or not runs.duplicated().any():

@@ -7,6 +7,7 @@ refused (one of schema 1 is listed).
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -120,7 +121,7 @@ def check_pages(results: Path, write: bool) -> Iterator[str]:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; the exit code."""
     config = parse_config(Config, argv, prog="python -m repro.report.check", description=__doc__ or "")
-    results = Path(config.results)
+    results = Path(os.path.relpath(config.results))
     find_records(config.results)
     failed = False
     for refused, message in check_records(results):

@@ -15,7 +15,7 @@ import pandas as pd
 from repro.config import LOCATION_FIELDS, parse_config
 from repro.errors import UserError, run_main
 from repro.report import figures
-from repro.report.cells import replicate, show, signed, text_of
+from repro.report.cells import one_per_replicate, replicate, show, signed, text_of
 from repro.report.records import curve_of, load_records
 from repro.report.stats import difference, holm
 from repro.report.tables import markdown_table
@@ -58,7 +58,7 @@ def metrics_table(a: pd.DataFrame, b: pd.DataFrame, metric: str | None) -> pd.Da
     """A line per metric and shared cell: both means, B − A over the seeds that both have, p, and p after Holm.
 
     Raises:
-        UserError: no metric or no cell is in both.
+        UserError: no metric or no cell is in both, or one holds a seed twice with different numbers.
     """
     measured = [set(frame.columns[frame.notna().any()]) for frame in (a, b)]
     shared = [str(name) for name in a if name in set.intersection(*measured)]
@@ -71,7 +71,8 @@ def metrics_table(a: pd.DataFrame, b: pd.DataFrame, metric: str | None) -> pd.Da
     for name in names:
         groups = [dict(_grouped(frame.dropna(subset=f"metrics.{name}"), cell)) for frame in (a, b)]
         for place in [place for place in groups[0] if place in groups[1]]:
-            one, other = (_values_of(group[place], f"metrics.{name}") for group in groups)
+            where = ", ".join(map(text_of, place))
+            one, other = (_values_of(group[place], f"metrics.{name}", where) for group in groups)
             found = difference(other, one)
             p_values.append(found.p)
             pairs = f"{found.n}, unpaired" if found.n > 1 and not found.paired else found.n
@@ -94,7 +95,8 @@ def _grouped(frame: pd.DataFrame, cell: list[str]) -> list[tuple[Any, pd.DataFra
     return list(frame.groupby(cell, sort=False, dropna=False)) if cell else [((), frame)]
 
 
-def _values_of(runs: pd.DataFrame, name: str) -> pd.Series[Any]:
+def _values_of(runs: pd.DataFrame, name: str, where: str) -> pd.Series[Any]:
+    runs = one_per_replicate(runs, name, where)
     index = pd.Index(replicate(runs), tupleize_cols=False)
     return pd.Series(runs[name].to_numpy(dtype=float), index=index)
 

@@ -12,9 +12,9 @@ import pandas as pd
 from repro.report.cells import rows_of, text_of
 
 EXPLAINED = (
-    "Costs: multiply-adds of one forward pass, of the whole graph or of one example, seconds of a run and of training "
-    "for an epoch, most memory: medians over the cell's runs, in brackets the range; tuning: settings that were tried; "
-    "setting: numbers in the command"
+    "Costs: parameters, and multiply-adds of one forward pass, of the whole graph or of one example (in brackets their "
+    "range), seconds of a run and of training for an epoch, most memory: medians over the cell's runs; tuning: "
+    "settings that were tried; setting: numbers in the command"
 )
 
 

@@ -10,6 +10,7 @@ Example: python -m repro.report.figures results/table3 --kind depth --each data 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import shlex
 import sys
@@ -234,9 +235,9 @@ def curve_panels(frame: pd.DataFrame, config: Config) -> list[list[Panel]]:
                     by_name.setdefault(name, []).append(series_of(label, points, 1 if name in loss else 100))
     if not by_name:
         raise UserError("no curve: the runs have one epoch each")
-    shares = zip(*(share_out(series) for series in by_name.values()), strict=False)
+    shares = itertools.zip_longest(*(share_out(series) for series in by_name.values()))
     labels = {name: "training loss" if name in loss else percent(name) for name in by_name}
-    return [[Panel(s, "epoch", labels[name]) for name, s in zip(by_name, row, strict=True)] for row in shares]
+    return [[Panel(s, "epoch", labels[name]) for name, s in zip(by_name, row, strict=True) if s] for row in shares]
 
 
 def spectrum_panels(frame: pd.DataFrame, config: Config) -> list[list[Panel]]:

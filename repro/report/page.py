@@ -21,7 +21,19 @@ from repro.config import parse_config
 from repro.errors import UserError, run_main
 from repro.files import write_atomic
 from repro.report.agreement import RULE, agreement_sentence, agrees, judge
-from repro.report.cells import aggregate, comparison, in_order, notes_on, rows_of, separate, show, sortable, text_of
+from repro.report.cells import (
+    aggregate,
+    comparison,
+    in_order,
+    notes_on,
+    rows_of,
+    separate,
+    show,
+    sortable,
+    spread_of,
+    text_of,
+)
+from repro.report.collect import thin
 from repro.report.published import KINDS, Entry, load_entries
 from repro.report.records import curve_of, find_records, load_records
 from repro.report.stats import difference, holm
@@ -86,7 +98,10 @@ def _table(frame: pd.DataFrame, name: str, results: Path, entries: Sequence[Entr
     found = [_cell(cell, metric, results, entries) for cell in raw]
     for cell, shown in zip(raw, found, strict=True):
         shown["reversed"] = turned.get(tuple(text_of(cell[key]) for key in keys), ())
-    _against_baseline(raw, found, comparison(cells, keys, "method"))
+    others = comparison(cells, keys, "method")
+    if "tuning_trials" in cells and cells["tuning_trials"].notna().all():  # rivals: some have a model of their own
+        others = [name for name in others if name != "model"]
+    _against_baseline(raw, found, others)
     heads = sorted(set(cells[columns]), key=sortable)
     notes = notes_on(cells)
     lines: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -114,7 +129,7 @@ def _cell(cell: dict[Any, Any], metric: str, results: Path, entries: Sequence[En
     for entry in filter(lambda entry: entry.fits(cell), entries):
         column = f"metrics.{entry.metric}"
         if column in runs and runs[column].notna().all():
-            p, verdict = agrees({"mean": runs[column].mean(), "std": runs[column].std(ddof=1), "n": len(runs)}, entry)
+            p, verdict = agrees(spread_of(runs[column]), entry)
             published.append({
                 "kind": KINDS[entry.kind], "metric": entry.metric, "value": show(entry.mean, entry.std, entry.n),
                 "source": entry.source,
@@ -143,14 +158,9 @@ def _run(run: dict[Any, Any], metric: str, results: Path) -> dict[str, Any]:
     names = [n for n in ("loss", "train_loss", "validation_accuracy", "test_accuracy", "accuracy") if n in curve]
     where = Path(run["path"]).resolve().relative_to(results.resolve().parent).as_posix()
     seed = None if pd.isna(run["seed"]) else int(run["seed"])
-    packed = {name: [_rounded(value, 3) for value in _thinned(curve[name])] for name in ("epoch", *names[:2]) if names}
+    thinned = thin({name: curve[name] for name in ("epoch", *names[:2])}, CURVE_POINTS) if names else {}
+    packed = {name: [_rounded(value, 3) for value in values] for name, values in thinned.items()}
     return {"seed": seed, "value": _rounded(run[f"metrics.{metric}"]), "record": where, "curve": packed or None}
-
-
-def _thinned(values: list[Any]) -> list[Any]:
-    """Some `CURVE_POINTS` of a curve's values, the first and the last among them."""
-    step = max(1, len(values) // CURVE_POINTS)
-    return [*values[:-1:step], *values[-1:]]
 
 
 def _against_baseline(raw: list[dict[Any, Any]], found: list[dict[str, Any]], others: list[str]) -> None:

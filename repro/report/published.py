@@ -27,7 +27,7 @@ KINDS = {
 _GROUP_KEYS = {"source", "kind", "match", "by", "cells", "metric", "n", "note", "inference"}
 _CELL_KEYS = {"method", "values", "note", "inference"}
 METHOD = "ContraNorm"  # the start of the names of the rows that the published numbers are about
-BEST_SCALE = "the source gives one number for ContraNorm, at a scale that it chose"
+BEST_SCALE = "the source gives one number for this method, at a scale that it chose"
 
 
 @dataclass(frozen=True)

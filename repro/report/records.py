@@ -145,8 +145,9 @@ def _of_probe(record: dict[str, Any]) -> dict[str, Any]:
         by_layer, spectrum = record.get(f"collapse{state}"), record.get(f"spectrum{state}")
         if isinstance(by_layer, dict):
             found |= {f"{name}{state}": _number(values[-1]) for name, values in by_layer.items() if name != "layer"}
-        if spectrum:
-            shares = np.cumsum(spectrum) / np.sum(spectrum)
+        values = [_number(value) for value in spectrum or ()]
+        if np.sum(values) > 0:  # neither NaN nor all zero
+            shares = np.cumsum(values) / np.sum(values)
             found[f"dimensions{state}"] = 1 + int(np.argmax(shares >= HELD))
     return found
 

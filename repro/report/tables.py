@@ -77,7 +77,7 @@ class Config(RecordsConfig):
     """What gives the p of --against: t (unset), the t-test, paired where seeds pair, else Welch's; wilcoxon, Wilcoxon's
     signed ranks; both, one after the other."""
     margin: float | None = None
-    """With --against: p of equivalence (TOST) instead: below 0.05, the difference is within this fraction."""
+    """With --against: p of equivalence (TOST) instead: below 0.05, the difference is within this (0.02: two points)."""
     overall: bool | None = None
     """Also one line per method over all its cells: the interquartile mean, and with --against how often it is above."""
     costs: bool | None = None
@@ -97,17 +97,26 @@ class Config(RecordsConfig):
             raise ValueError("--best and --by belong together: the field to choose, and the metric that chooses")
         if self.by is not None and "test" in self.by:
             raise ValueError(f"--by {self.by}: a choice by test numbers is none; name a validation metric")
-        if self.margin is not None and (self.against is None or self.margin <= 0):
-            raise ValueError("--margin needs --against, and is larger than 0")
-        if self.average and self.columns == "":
+        preset = PRESETS.get(self.preset or "", {})
+        against = preset.get("against") if self.against is None else self.against
+        if (self.margin is not None or self.test is not None) and not against:
+            raise ValueError(f"--{'test' if self.margin is None else 'margin'} needs --against")
+        if self.margin is not None and (self.margin <= 0 or self.test is not None):
+            raise ValueError("--margin is larger than 0, and its test is TOST: without --test")
+        if self.average and not (preset.get("columns") if self.columns is None else self.columns):
             raise ValueError("--average needs --columns: it is the mean over some of them")
+
+    @property
+    def within(self) -> str:
+        """The margin in words."""
+        return f"{100 * (self.margin or 0):g} points" if self.percent else f"{self.margin:g}"
 
     @property
     def tests(self) -> dict[str, str]:
         """Name → in words, of the tests that give p."""
         words = {"t": "the paired t-test, Welch's where seeds do not pair", "wilcoxon": "Wilcoxon's signed ranks"}
         if self.margin is not None:
-            return {"tost": f"equivalence within {self.margin:g} (TOST)"}
+            return {"tost": f"equivalence within {self.within} (TOST)"}
         return words if self.test == "both" else {self.test or "t": words[self.test or "t"]}
 
 
@@ -241,7 +250,8 @@ def _text(cell: pd.Series[Any], config: Config, best: str | None) -> str:
     found: Difference | None = cell.get("found")
     if found is None:
         return text
-    pairs = " unpaired" if not found.paired and found.n > 1 else f" ({found.n})" if found.n < cell["n"] else ""
+    fewer = found.n < max(cell["n"], len(cell["base"]))
+    pairs = " unpaired" if not found.paired and found.n > 1 else f" ({found.n})" if fewer else ""
     p = " / ".join("—" if pd.isna(p) else f"{p:.2g}" for p in cell["p"])
     return f"{text}, {signed(found.mean, config.percent)}{pairs}, p {p}"
 
@@ -250,26 +260,30 @@ def against_sentences(cells: pd.DataFrame, config: Config) -> list[str]:
     """For each method: mean difference over the cells with its bootstrap interval, and in how many it is shown."""
     lines = []
     cells = cells[cells["found"].notna()]
+    tested = sum(not pd.isna(p[0]) for p in cells["p"])
     name = next((name for name in ("method", "family") if name in split_names(config.rows)), "method")
     for method, own in cells.groupby("family" if config.best == "scale" else name, sort=False):
         own = own[own["runs"].notna()]  # an average is no cell more
         means = [found.mean for found in own["found"]]
         shown = [found.mean for found, p in zip(own["found"], own["p"], strict=True) if p[0] < LEVEL]
-        low, high = (signed(bound, config.percent) for bound in bootstrap_mean(means))
-        interval = "" if len(means) < 2 else f", 95 % bootstrap interval {low} to {high}"
-        count = f"better in {sum(m > 0 for m in shown)}, worse in {sum(m < 0 for m in shown)}"
+        low, high = bootstrap_mean(means)
+        interval = f", 95 % bootstrap interval {signed(low, config.percent)} to {signed(high, config.percent)}"
+        higher, lower = sum(m > 0 for m in shown), sum(m < 0 for m in shown)
+        count = f"higher in {higher}, lower in {lower}" if shown else "significant in none"
         if config.margin is not None:
-            count = f"within {config.margin:g} in {len(shown)}"
+            count = f"within {config.within} in {len(shown)}"
+        test = "t-test: " if len(config.tests) > 1 else ""
         lines.append(
             f"{method} against {config.against}: {signed(sum(means) / len(means), config.percent)}"
-            f"{' points' if config.percent else ''} over {_cells(own)}{interval}; {count} "
-            f"({'t-test: ' if len(config.tests) > 1 else ''}p < {LEVEL:g} after Holm over {_cells(cells)})."
+            f"{' points' if config.percent else ''} over {_count(len(own), 'cell')}"
+            f"{'' if math.isnan(low) else interval}; {count} "
+            f"({test}p < {LEVEL:g} after Holm over {_count(tested, 'test')})."
         )
     return lines
 
 
-def _cells(cells: pd.DataFrame) -> str:
-    return f"{len(cells)} cell{'s' * (len(cells) != 1)}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def pivot(cells: pd.DataFrame, rows: list[str], columns: str) -> pd.DataFrame:
@@ -396,12 +410,13 @@ def _agreement(
     keys = [*split_names(config.rows), *split_names(config.columns)]
     measured = {name: frame.dropna(subset=f"metrics.{name}") for name in (str(config.metric), *others)}
     tables = {name: aggregate(part, keys, name) for name, part in measured.items()}
+    rows = {*frame["method"], *frame["family"]}
     scope = [
         entry
         for entry in entries
         if entry.kind != "reference-run"
         and entry.match.get("experiment") in set(frame["experiment"])
-        and all(str(entry.match.get(name, value)) == str(value) for name, value in config.where.items())
+        and all(_concerns(entry, name, value, rows) for name, value in config.where.items())
     ]
     verdicts = judge(tables, scope)
     kinds = {"authors": "published by the authors", "third-party re-run": "of others' re-runs"}
@@ -410,13 +425,20 @@ def _agreement(
     told = {kind: of for kind, of in by_kind.items() if of and (named or any(v.cell for v in of))}
     lines = [agreement_sentence(of, kinds[kind], named=named) for kind, of in told.items()]
     if config.show != "agreement":
-        mine = [line for line in ours if line.startswith(METHOD)]
+        mine = [line for line in ours if METHOD in line.partition(" against ")[0]]
         return " ".join([*lines[:1], *(mine if named else mine[:1])]) + "\n"
     parts = [f"Rule: {RULE}.\n"]
     for line, of in zip(lines, told.values(), strict=True):
         table = agreement_table(of, config.percent)
         parts += [f"{line}\n", *([] if table.empty else [render(table, config.format)])]
     return "\n".join(parts)
+
+
+def _concerns(entry: Entry, name: str, value: str, rows: set[Any]) -> bool:
+    """Whether a published number may be of runs chosen by `--where name=value`, whose methods are `rows`."""
+    if name in ("method", "family"):
+        return bool(rows & set(entry.match["method"]))
+    return str(entry.match.get(name, value)) == str(value)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -426,6 +448,8 @@ def main(argv: list[str] | None = None) -> None:
     find_records(config.records)  # a wrong path is the first thing to say
     preset = PRESETS.get(config.preset or "", {})
     given: dict[str, Any] = {k: v if getattr(config, k) is None else getattr(config, k) for k, v in preset.items()}
+    if config.margin is not None:
+        given.pop("test", None)  # TOST is its test
     config = dataclasses.replace(config, **given)
     missing = [f"--{name}" for name in ("rows", "metric") if not getattr(config, name)]
     if missing:

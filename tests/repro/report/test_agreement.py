@@ -90,6 +90,9 @@ def test_table_3_s_count_on_the_command_line(root, capsys):
     tables.main([records, "--preset", "table3", "--show", "sentence", "--where", "{data: cora}"])
     text = capsys.readouterr().out
     assert text.startswith("Of 20 cells published by the authors, 12 have been run here") and text.count("\n") == 1
+    for name in ("method", "family"):
+        tables.main([records, "--preset", "table3", "--show", "sentence", "--where", f"{{{name}: vanilla}}"])
+        assert capsys.readouterr().out == "Of 20 cells published by the authors, 3 have been run here: 3 agree.\n"
 
 
 def test_a_headline_is_silent_where_no_published_cell_has_been_run(root, capsys):

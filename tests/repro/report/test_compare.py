@@ -47,6 +47,18 @@ def test_cells_of_one_kind_are_compared_with_each_other(write_records, capsys):
     assert rows[0][:2] == ["2", "test_accuracy"] and rows[0][-3:-2] == ["+0.0750 (2)"]
 
 
+def test_a_seed_that_is_there_twice_is_refused_and_a_run_read_twice_counts_once(two, write_records, tmp_path, capsys):
+    copy = Path(write_records(B, folder="b2/again", data="cora", method="ContraNorm s=1", depth=2, lr=0.2))
+    compare.main([two[0], str(copy)])
+    once = lines_of(capsys.readouterr().out, "| test_accuracy")
+    write_records(B, folder="b2/twice", data="cora", method="ContraNorm s=1", depth=2, lr=0.2)
+    compare.main([two[0], str(copy.parent)])
+    assert lines_of(capsys.readouterr().out, "| test_accuracy") == once
+    write_records([b + 0.01 for b in B], folder="b2/other", data="cora", method="ContraNorm s=1", depth=2, lr=0.3)
+    with pytest.raises(UserError, match="seed 0 is there twice with different numbers"):
+        compare.main([two[0], str(copy.parent)])
+
+
 def test_the_curves_of_both_are_overlaid(two, tmp_path, capsys):
     compare.main([*two, "--output", str(tmp_path / "curves")])
     text = (tmp_path / "curves.svg").read_text()

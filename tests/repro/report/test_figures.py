@@ -223,6 +223,12 @@ def test_curves_are_those_of_metrics_jsonl_or_packed(write_records):
     assert {line.label for line in loss.series} == {"vanilla", "ContraNorm"}
     for line in accuracy.series:
         assert line.mean == pytest.approx([40, 60]) and line.n == [2, 2]
+    for number in range(9):  # one of them without an accuracy: as many lines of loss are shared out over two panels
+        curve = {"epoch": [1, 2], "loss": [2.0, 1.0], **({"test_accuracy": [0.4, 0.6]} if number else {})}
+        many = write_records([0.5], data="cora", method=f"m{number}", folder="many", extra={"curve": curve})
+    panels = [panel for row in panels_of(many, "curves") for panel in row]
+    drawn = [(panel.ylabel, line.label) for panel in panels for line in panel.series]
+    assert len(drawn) == len(set(drawn)) == 9 + 8
     bare = write_records([0.5], data="cora", method="vanilla", depth=2, folder="bare")
     with pytest.raises(UserError, match="no run has a metrics.jsonl"):
         panels_of(bare, "curves")

@@ -182,3 +182,12 @@ def test_notes_and_budgets(results, write_records):
     compared = {row["label"]: "against" in cell for row in table["rows"] for cell in row["cells"] if cell}
     assert compared == {"vanilla": False, "GFSA": False, "AttnScale": True}
     assert all("notes" not in other for other in index["tables"] if other is not table)
+
+
+def test_a_rival_that_is_a_model_of_its_own_is_compared_with_vanilla(results, write_records):
+    for order, (method, model) in enumerate({"vanilla": "DeepGCN", "GCNII": "GCNII"}.items()):
+        write_records([0.7, 0.72], folder="results/rivals", data="cora", method=method, model=model, depth=16,
+                      order=[order], tuning_trials=8)  # fmt: skip
+    (table,) = [table for table in built(results)[1]["tables"] if table["name"] == "rivals"]
+    (cell,) = [cell for row in table["rows"] for cell in row["cells"] if cell and row["label"] == "GCNII"]
+    assert cell["against"]["row"] == "vanilla" and cell["against"]["n"] == 2

@@ -130,3 +130,6 @@ def test_what_a_probe_says_of_the_last_layer(write_records):
     (row,) = load_records(write_records([0.5], extra=extra)).to_dict("records")
     assert row["metrics.mean_cosine"] == 0.2 and math.isnan(row["metrics.variance"])
     assert row["metrics.dimensions"] == 5 and row["metrics.dimensions_untrained"] == 1
+    extra = {"spectrum": ["nan"] * 4, "spectrum_untrained": [0.0] * 4}
+    (row,) = load_records(write_records([0.5], folder="unknown", extra=extra)).to_dict("records")
+    assert not any("dimensions" in name for name in row)

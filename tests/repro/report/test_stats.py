@@ -94,8 +94,15 @@ def test_bootstrap_interval_of_the_mean():
     half = 1.96 * np.std(values) / math.sqrt(40)
     assert (low, high) == pytest.approx((np.mean(values) - half, np.mean(values) + half), abs=half / 8)
     assert bootstrap_mean(values) == (low, high)  # the same each time
-    assert all(math.isnan(x) for x in bootstrap_mean([0.1]))
-    assert bootstrap_mean([0.1, 0.1, 0.1]) == pytest.approx((0.1, 0.1))
+    assert all(math.isnan(x) for x in bootstrap_mean(values[:5]))  # too few for a percentile interval
+    assert bootstrap_mean([0.1] * 6) == pytest.approx((0.1, 0.1))
+
+
+def test_equal_differences_rank_as_equal():
+    """0.3 - 0.2 and 0.2 - 0.1 are not the same number, but the same difference."""
+    a, b = [0.3, 0.2, 0.6, 0.5, 0.9, 0.1], [0.2, 0.1, 0.3, 0.1, 0.4, 0.3]
+    exact = scipy_stats.wilcoxon([1, 1, 3, 4, 5, -2], method="auto").pvalue
+    assert difference(runs(a), runs(b)).wilcoxon == pytest.approx(exact)
 
 
 def test_a_published_mean_is_compared_as_a_mean_of_as_many_runs_with_our_spread():

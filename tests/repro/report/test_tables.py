@@ -366,7 +366,7 @@ def test_an_average_over_fewer_tasks_says_so_and_has_no_published_number_beside_
     assert [row["data average of mrpc, rte"] for row in cells_of(text)] == ["60.00 ± 0.00 (2)"] * 2
     assert "published" not in text
     text = table(folder, "--preset", "table1", "--best", "scale", "--by", "score", "--against", "vanilla", rows="")
-    assert "over 2 cells, " in text  # an average is no cell more
+    assert "over 2 cells; " in text  # an average is no cell more
     folder = write_glue(write_records, ["rte"], lambda *a: 0.5)
     text = table(folder.replace("mrpc", ""), "--preset", "table1", "--where", "{data: rte}", "--best", "scale", "--by",
                  "score", rows="")  # fmt: skip
@@ -446,24 +446,38 @@ def test_methods_are_compared_with_a_row_of_the_table_by_seed(paired, table, wri
     assert contra == {"data": "cora", "method": "ContraNorm", "depth 2": shown, "depth 4": shown}
     assert other["depth 2"] == "65.00 ± 12.91 (4), +0.00 unpaired, p 1"
     assert "difference from vanilla in points (pairs, if fewer), p of the paired t-test" in text
-    assert "- ContraNorm against vanilla: +3.00 points over 2 cells, 95 % bootstrap interval +3.00 to +3.00; " in text
-    assert "better in 2, worse in 0 (p < 0.05 after Holm over 4 cells)" in text
+    shown = "higher in 2, lower in 0 (p < 0.05 after Holm over 4 tests)"
+    assert f"- ContraNorm against vanilla: +3.00 points over 2 cells; {shown}" in text  # too few for an interval
+    assert "- other against vanilla: +0.00 points over 2 cells" in text
+    assert "significant in none (p < 0.05 after Holm over 4 tests)" in text
     sentence = table(folder, "--columns", "depth", "--against", "vanilla", "--show", "sentence", rows="data,method")
     assert sentence.startswith("ContraNorm against vanilla: +3.00 points") and sentence.count("against") == 1
     ranks = table(folder, "--columns", "depth", "--against", "vanilla", "--test", "wilcoxon", rows="data,method")
     assert cells_of(ranks)[1]["depth 2"].endswith("+3.00, p 0.25") and "Wilcoxon" in ranks
     assert cells_of(ranks)[2]["depth 2"].endswith("p —")
     write_records([0.55, 0.66], data="cora", method="fewer", depth=2, order=[3])
-    assert cells_of(table(folder, *flags, rows="data,method"))[3]["depth 2"].startswith("60.50 ± 7.78 (2), +5.50, p")
+    cells = cells_of(table(folder, *flags, rows="data,method"))
+    assert cells[3]["depth 2"].startswith("60.50 ± 7.78 (2), +5.50 (2), p")  # two of vanilla's four runs
+    write_records([0.5], data="cora", method="single", depth=2, order=[4])
+    text = table(folder, *flags, rows="data,method")
+    assert cells_of(text)[4]["depth 2"].endswith("p —") and "after Holm over 5 tests" in text  # without a p, no test
+
+
+def test_six_cells_have_an_interval(write_records, table):
+    for depth in range(1, 7):
+        for order, (method, plus) in enumerate({"vanilla": 0.0, "ContraNorm": 0.01 * depth}.items()):
+            folder = write_records([0.5 + plus], data="cora", method=method, depth=depth, order=[order])
+    text = table(folder, "--columns", "depth", "--against", "vanilla", rows="data,method")
+    assert "+3.50 points over 6 cells, 95 % bootstrap interval +2.1" in text
 
 
 def test_equivalence_within_a_margin(paired, table):
     folder, *_ = paired
-    for margin, within in (("0.05", 2), ("0.02", 0)):
+    for margin, points, within in (("0.05", 5, 2), ("0.02", 2, 0)):
         text = table(
             folder, "--columns", "depth", "--against", "method=vanilla", "--margin", margin, rows="data,method"
         )
-        assert f"within {margin} in {within}" in text and f"equivalence within {margin} (TOST)" in text
+        assert f"within {points} points in {within}" in text and f"equivalence within {points} points (TOST)" in text
 
 
 @pytest.mark.parametrize(
@@ -472,7 +486,9 @@ def test_equivalence_within_a_margin(paired, table):
         (["--against", "nobody"], "--against nobody: no such row"),
         (["--against", "depth=9"], "no such row"),
         (["--margin", "0.02"], "--margin needs --against"),
+        (["--test", "both"], "--test needs --against"),
         (["--against", "vanilla", "--margin", "0"], "larger than 0"),
+        (["--against", "vanilla", "--margin", "0.02", "--test", "t"], "without --test"),
         (["--against", "vanilla", "--where", "{method: vanilla}"], "no other row has a cell in common"),
     ],
 )
