@@ -132,7 +132,8 @@ def describe(model: PreTrainedModel) -> str:
         return f"{type(model).__name__}: no ContraNorm in any layer ({variant or 'vanilla'})"
     x = "x̂" if c.pre_norm else "x"
     step = f"s·{x}·softmax(x̂ᵀx̂/τ)" if c.axis == "features" else f"s·A·{x}"
-    form = f"(1+s)·{x} - {step}" if c.identity else f"{x} - {step}"
+    own = f"s·{x}" if c.scaled_identity else f"(1+s)·{x}" if c.identity else x
+    form = f"{own} - {step}"
     more = ["padding takes part" if c.include_padding else "padding left out"]
     more += [name for name in ("symmetric", "learnable", "positive") if getattr(c, name)]
     lines = [f"{type(model).__name__}: ContraNorm {form}, s={c.scale}, tau={c.tau}, {', '.join(more)}"]

@@ -111,13 +111,17 @@ class FirstValuesAttention(VariantAttention):
 
     first: FirstValues
     is_first: bool
+    is_last: bool
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The plain block; or the later one's form."""
         if self.is_first:
             self.first.values = v
             return self.attend(q, k)(v)
-        return self.mix_first(q, k, v, self.first.values)
+        out = self.mix_first(q, k, v, self.first.values)
+        if self.is_last:
+            del self.first.values  # not kept beyond the pass
+        return out
 
     def mix_first(self, q: Tensor, k: Tensor, v: Tensor, v0: Tensor) -> Tensor:
         """What a later block puts out, (B, H, N, d); v0 are the first one's values."""
@@ -170,6 +174,7 @@ def change_attention(model: VisionTransformer, kind: type[VariantAttention], **a
         block.attn.__class__ = kind
         if issubclass(kind, FirstValuesAttention):
             block.attn.first, block.attn.is_first = first, number == 0
+            block.attn.is_last = number == len(model.blocks) - 1
         block.attn.set_up(**arguments)
     if issubclass(kind, FirstValuesAttention):
         model.set_grad_checkpointing = _refuse_checkpointing

@@ -52,7 +52,7 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     try:
         model = timm.create_model(
             name,
-            pretrained=config.pretrained and not config.reset_head,
+            pretrained=config.pretrained,
             num_classes=num_classes,
             img_size=config.input_size,
             depth=config.depth,
@@ -60,6 +60,8 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
             drop_path_rate=config.drop_path,
             **settings,
         )
+        if config.pretrained and config.reset_head:
+            model.reset_classifier(num_classes)
         if config.variant is not None:
             apply_variant(model, config.variant, **config.variant_arguments())
         model.set_grad_checkpointing(config.grad_checkpointing)

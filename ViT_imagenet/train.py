@@ -207,7 +207,8 @@ def batch_loss(setup: TrainingSetup, images: Tensor, labels: Tensor) -> Tensor:
         loss = (setup.loss(outputs[0].float(), labels) + setup.loss(outputs[1].float(), labels)) / 2
     else:
         loss = setup.loss(outputs.float(), labels)
-    return loss + getattr(setup.plain_model, "auxiliary_loss", 0.0)  # the model's own, of this pass
+    auxiliary: Tensor | float = vars(setup.plain_model).pop("auxiliary_loss", 0.0)  # the model's own, of this pass
+    return loss + auxiliary
 
 
 def check_finite(loss: Tensor, epoch: int, step: int) -> None:

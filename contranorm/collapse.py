@@ -63,10 +63,17 @@ def singular_spectrum(x: Tensor, *, centre: bool = False) -> Tensor:
     rows = torch.stack(_batched(x, None))
     if centre:
         rows = rows - rows.mean(dim=-2, keepdim=True)
-    values: Tensor = torch.linalg.svdvals(rows)
+    values = _singular_values(rows)
     total = values.sum(dim=-1, keepdim=True)
     spectrum: Tensor = values / total.where(total > 0, 1.0)
     return spectrum if x.dim() == 3 else spectrum.squeeze(0)
+
+
+def _singular_values(rows: Tensor) -> Tensor:
+    """Of each matrix (..., N, D); NaN where an entry is not finite, on which LAPACK raises."""
+    finite = rows.isfinite().flatten(-2).all(dim=-1)
+    values: Tensor = torch.linalg.svdvals(rows.where(finite[..., None, None], 0.0))
+    return values.where(finite[..., None], torch.nan)
 
 
 def effective_rank(x: Tensor, mask: Tensor | None = None, *, centre: bool = False, power: Literal[1, 2] = 1) -> float:
@@ -80,7 +87,7 @@ def effective_rank(x: Tensor, mask: Tensor | None = None, *, centre: bool = Fals
     """
     values = []
     for rows in _batched(x, mask):
-        weights = torch.linalg.svdvals(rows - rows.mean(dim=0) if centre else rows) ** power
+        weights = _singular_values(rows - rows.mean(dim=0) if centre else rows) ** power
         total = weights.sum()
         values.append(torch.special.entr(weights / total).sum().exp() if total > 0 else total)
     return _mean(values)
@@ -182,7 +189,7 @@ class CollapseProbe:
         self._handles.clear()
 
     def _record(self, position: int, label: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        features = output[0] if isinstance(output, tuple) else output
+        features = output if isinstance(output, Tensor) else output[0]
         masked = {} if self.mask is None else {"mask": self.mask}
         values = {name: metric(features, **masked) for name, metric in self.metrics.items()}
         self._rows.append({"layer": position, "module": label, **values})

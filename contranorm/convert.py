@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Unpack
 
@@ -30,6 +31,9 @@ MASK_ARGUMENTS = (*PADDING_ARGUMENTS, "attention_mask")
 _PER_HEAD = re.compile(
     r"(q|k|qk|query|key)_?(layer_?)?(norm|ln)|(layer_?)?(norm|ln)_?(q|k|qk|query|key)", re.IGNORECASE
 )
+# Models of transformers whose attention does not tell that it is causal, and those whose features are not (B, N, D).
+_CAUSAL = re.compile(r"(Bloom|Mpt|CodeGen|OpenAIGPT|GPTNeoXJapanese|Rwkv|XGLM|(LED|FSMT|BigBirdPegasus)Decoder)\w*")
+_OTHER_AXES = re.compile(r"(XLNet|SqueezeBert|FSMTEncoder)\w*")
 _POOLED = re.compile(r"fc_norm|heads?|head_dist|pooler|attn_pool|classifier|pre_logits")
 
 
@@ -52,7 +56,7 @@ def replace_layer_norms(
         model: any module that has nn.LayerNorm (or sub-classes, such as timm's) in it.
         scale: ContraNorm's step s.
         names: which norms, as in `model.named_modules()`: a name or a pattern such as "layers.*.norm1" (a * matches
-            dots, too), or several. By default all that see the tokens of a sequence.
+            dots, too), or several; "!head.*" leaves norms out. By default all that see the tokens of a sequence.
         verbose: print what was replaced, and what was not and why.
         **switches: those of `ContraNorm`.
 
@@ -63,11 +67,15 @@ def replace_layer_norms(
         ValueError: a pattern without a LayerNorm, or with one that would contrast the wrong axis; nothing to replace;
             bad switches. The model is then unchanged.
     """
-    patterns = [names] if isinstance(names, str) else None if names is None else list(names)
+    given = [names] if isinstance(names, str) else None if names is None else list(names)
+    left_out = [pattern[1:] for pattern in given or () if pattern.startswith("!")]
+    patterns = [pattern for pattern in given or () if not pattern.startswith("!")]
     norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
-    wanted = _matching(norms, patterns)
+    _matching(norms, left_out)  # each is the name of some norm
+    norms = {name: norm for name, norm in norms.items() if not any(fnmatchcase(name, p) for p in left_out)}
+    wanted = _matching(norms, patterns) if patterns or not left_out and given is not None else list(norms)
     refused = {name: reason for name in wanted if (reason := _refusal(model, name, norms[name]))}
-    if patterns is not None and refused:
+    if patterns and refused:
         raise ValueError(_by_reason(refused))
     chosen = [name for name in wanted if name not in refused]
     if not chosen:
@@ -99,8 +107,11 @@ def revert(model: nn.Module) -> list[str]:
         The names of the norms put back; none for a vanilla model.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, ConvertedNorm)}
+    for norm in found.values():
+        norm.padding.norms -= 1
     for padding in {id(norm.padding): norm.padding for norm in found.values()}.values():
-        padding.forget(model)
+        if not padding.norms:  # reverted in part, the model's other norms still need the mask
+            padding.forget(model)
     for parent in list(model.modules()):
         for attribute, child in list(parent._modules.items()):
             if isinstance(child, ConvertedNorm):
@@ -109,9 +120,7 @@ def revert(model: nn.Module) -> list[str]:
     return list(found)
 
 
-def _matching(norms: dict[str, nn.LayerNorm], patterns: list[str] | None) -> list[str]:
-    if patterns is None:
-        return list(norms)
+def _matching(norms: dict[str, nn.LayerNorm], patterns: list[str]) -> list[str]:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in norms):
             raise ValueError(f"no LayerNorm is named {pattern!r}; there are {', '.join(norms) or 'none'}")
@@ -143,6 +152,10 @@ def _refusal(model: nn.Module, name: str, norm: nn.LayerNorm) -> str | None:
         return "it sees pooled vectors: contrasting them would mix the samples of a batch"
     if any(isinstance(module, nn.TransformerDecoder | nn.TransformerDecoderLayer) for module in ancestors):
         return "a decoder's token would see the tokens that follow it"
+    if any(_CAUSAL.fullmatch(type(module).__name__) for module in ancestors):
+        return "its attention is causal: a token would see the tokens that follow it"
+    if any(_OTHER_AXES.fullmatch(type(module).__name__) for module in ancestors):
+        return "its features are not (B, N, D): contrasting them would mix the samples, or the features"
     for module in ancestors:  # the nearest attention tells how this part of the model works
         attention = [m for m in module.modules() if isinstance(m, nn.MultiheadAttention) or hasattr(m, "is_causal")]
         if any(getattr(m, "is_causal", False) is True for m in attention):
@@ -174,6 +187,7 @@ class ConvertedNorm(ContraNorm):
         self.__dict__["vanilla"] = vanilla  # not as a sub-module, which would appear in the state dict
         self.name = name
         self.padding = padding
+        padding.norms += 1
         self.train(vanilla.training)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -185,7 +199,7 @@ class ConvertedNorm(ContraNorm):
         try:
             return super().forward(x, mask)
         except ValueError as error:
-            raise ValueError(f"{self.name}: {error}; leave it out by names=") from error
+            raise ValueError(f"{self.name}: {error}; leave it out: names='!{self.name}'") from error
 
     def normalize(self, x: Tensor) -> Tensor:
         """The vanilla norm."""
@@ -193,18 +207,39 @@ class ConvertedNorm(ContraNorm):
         return normalized
 
 
+class _PerThread(threading.local):
+    """The masks of the calls under way in one thread: a server may run several forwards of one model at once."""
+
+    def __init__(self) -> None:
+        self.masks: list[Tensor | None] = []
+
+    def __reduce__(self) -> Any:  # a copy starts empty
+        return _PerThread, ()
+
+
 class Padding:
     """The padding mask of the forward that is under way in one converted model, and the hooks that learn it.
 
     Attributes:
         masks: one entry per call under way of a module that takes a mask, outermost first; the last one counts.
+        norms: how many norms ask for it.
         seen: the last forward had a mask.
     """
 
     def __init__(self) -> None:
-        self.masks: list[Tensor | None] = []
+        self._calls = _PerThread()
         self.handles: list[RemovableHandle] = []
+        self.norms = 0
         self.seen = False
+
+    @property
+    def masks(self) -> list[Tensor | None]:
+        """Those of the calling thread."""
+        return self._calls.masks
+
+    @masks.setter
+    def masks(self, masks: list[Tensor | None]) -> None:
+        self._calls.masks = masks
 
     def mask_for(self, x: Tensor, name: str) -> Tensor | None:
         """The mask for x (B, N, D), bool (B, N) or None.
@@ -259,9 +294,12 @@ class Padding:
         outer = self.masks[-1] if self.masks else None
         outermost = not self.masks
         self.masks.append(outer)
-        if kwargs.get("is_causal") is True:
-            raise ValueError(f"{type(module).__name__} is called with a causal mask: a token would see later ones")
         given = dict(zip(parameters, args, strict=False)) | kwargs
+        for value in list(given.values()):  # sentence-transformers: one dict of features
+            given |= dict(value) if isinstance(value, Mapping) else {}
+        causal = given.get("is_causal") is True or _is_causal(given.get("src_mask"))
+        if causal and any(isinstance(m, ConvertedNorm) for m in module.modules()):  # not CLIP's text, beside its images
+            raise ValueError(f"{type(module).__name__} is called with a causal mask: a token would see later ones")
         name = next((name for name in MASK_ARGUMENTS if given.get(name) is not None), None)
         if name is None and "pixel_values" in given:  # the text's mask says nothing about the image's tokens
             self.masks[-1] = None
@@ -303,6 +341,13 @@ class _CheckpointWithMask:
         return self.function(compute_with_mask, *args, **kwargs)
 
 
+def _is_causal(mask: Any) -> bool:
+    if not _is_two_dimensional(mask) or torch.compiler.is_compiling():
+        return False
+    hidden = mask if mask.dtype == torch.bool else mask == -torch.inf
+    return len(mask) > 1 and torch.equal(hidden, torch.ones_like(hidden).triu(1))
+
+
 def _is_two_dimensional(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.dim() == 2
 
@@ -329,7 +374,7 @@ def real_tokens(mask: Any, *, padding: bool) -> Tensor:
     if mask.dtype == torch.bool or not mask.is_floating_point():
         return zero if padding else ~zero
     lowest = mask <= torch.finfo(mask.dtype).min
-    if padding or bool(lowest.any()):  # added to the scores
+    if padding or bool(lowest.any()) or bool(zero.all()):  # added to the scores
         if not bool((zero | lowest).all()):
             raise ValueError("a float padding mask must be 0 at real tokens and -inf at the others")
         return zero

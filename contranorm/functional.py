@@ -7,12 +7,11 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor
-from torch.nn import functional as F
 
 from contranorm import kernels
 from contranorm.kernels.autograd import is_traced, is_transformed
 from contranorm.kernels.masks import with_padding, without_padding
-from contranorm.kernels.plain import softmax_weights
+from contranorm.kernels.plain import softmax_weights, unit_rows
 from contranorm.options import Axis, Implementation, check_positive, check_switches
 
 
@@ -112,14 +111,14 @@ def apply_step(
     if keep is not None and (pre_norm or not fused):
         batch = without_padding(batch, keep)
     if pre_norm:
-        batch = F.normalize(batch, dim=-1)  # x̂; a zero row stays zero
+        batch = unit_rows(batch)  # x̂; a zero row stays zero
     if fused:
         own = scale if scaled_identity else 1.0 + scale if identity else 1.0
         numbers: dict[str, Any] = {"own": own, "scale": scale, "tau": tau}
         moved = kernels.fused_step(batch, **numbers, keep=keep)
         return _restore(moved, x, keep if pre_norm else None)
     if kernel == "features":
-        unit = batch if pre_norm else F.normalize(batch, dim=-1)
+        unit = batch if pre_norm else unit_rows(batch)
         contrast = kernels.feature_contrast(unit, batch, tau=tau, symmetric=symmetric)
     else:
         contrast = kernels.token_contrast(
@@ -157,7 +156,7 @@ def scripted_step(
         if mask.shape != x.shape[:-1]:
             raise ValueError(f"mask must be bool of shape {x.shape[:-1]} (True for real tokens), got {mask.shape}")
         batch = batch.masked_fill(~mask.unsqueeze(-1), 0.0)
-    unit = F.normalize(batch, dim=-1)
+    unit = unit_rows(batch)
     if pre_norm:
         batch = unit
     if axis == "features":

@@ -185,12 +185,16 @@ def _graphs(exclude: Tensor, batch: Tensor, n: int) -> list[tuple[Tensor, Tensor
     if batch.shape != (n,) or batch.dtype not in (torch.long, torch.int):
         raise ValueError(f"batch must be integers ({n},), a graph per row of x, got {batch.dtype} {tuple(batch.shape)}")
 
-    def make() -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def make() -> list[tuple[Tensor, Tensor]]:
         sizes = torch.bincount(batch)
         graphs = torch.split(batch.argsort(stable=True), sizes[sizes > 0].tolist())
-        return batch, [(nodes, restrict(exclude, nodes)) for nodes in graphs]
+        return [(nodes, restrict(exclude, nodes)) for nodes in graphs]
 
-    return remembered(exclude, ("graphs", id(batch)), make)[1]  # the value holds batch, so that its id stays its own
+    last: dict[str, Any] = remembered(exclude, "graphs", dict)  # of one batch vector: a new one takes its place
+    if last.get("batch") is not batch:
+        with torch.inference_mode(False):  # what is kept serves training, too
+            last.update(batch=batch, graphs=make())
+    return last["graphs"]  # type: ignore[no-any-return]
 
 
 class PairNorm(nn.Module):

@@ -7,6 +7,8 @@ with a last dropout → convolution to the classes. Shapes: N nodes, F input fea
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -96,7 +98,7 @@ class SGC(GraphNetwork):
         self.constant = not config.dropedge and not any(p.requires_grad for p in self.parameters())
         self.output = nn.Linear(inputs, classes)
         self.rate, self.dropedge = config.dropout, config.dropedge
-        self._propagated: Tensor | None = None
+        self._propagated: tuple[Any, Any, Tensor] | None = None  # features, adjacency, and what the steps make of them
 
     def propagate(self, x: Tensor | Sparse, adjacency: Adjacency) -> Tensor:
         """The steps; (N, F) → (N, F)."""
@@ -108,9 +110,10 @@ class SGC(GraphNetwork):
     def forward(self, x: Tensor | Sparse, adjacency: Adjacency) -> Tensor:
         """(N, F) → logits (N, C)."""
         if self.constant and self.training:
-            if self._propagated is None:
-                self._propagated = self.propagate(x, adjacency)
-            h = self._propagated
+            known = self._propagated
+            if known is None or known[0] is not x or known[1] is not adjacency:
+                known = self._propagated = (x, adjacency, self.propagate(x, adjacency))
+            h = known[2]
         else:
             h = self.propagate(x, self.thinned(adjacency))
         logits: Tensor = self.output(F.dropout(h, self.rate, self.training))

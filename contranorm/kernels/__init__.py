@@ -12,14 +12,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from contranorm.kernels.autograd import is_traced, is_transformed
 from contranorm.kernels.blocked import MAX_LOGIT_DOUBLE, blocked_contrast
 from contranorm.kernels.fused import fused_step
 from contranorm.kernels.linear import linear_contrast
 from contranorm.kernels.masks import on_kept_rows
-from contranorm.kernels.plain import feature_contrast, no_autocast, plain_contrast, product_dtype, sdpa_contrast
+from contranorm.kernels.plain import (
+    feature_contrast,
+    no_autocast,
+    plain_contrast,
+    product_dtype,
+    sdpa_contrast,
+    unit_rows,
+)
 
 __all__ = ["feature_contrast", "fused_step", "resolve", "token_contrast"]
 
@@ -83,7 +89,7 @@ def token_contrast(
         return fused_step(x, own=0.0, scale=-1.0, tau=tau, keep=keep)
     dtype = product_dtype(x)
     with no_autocast(x):
-        unit = F.normalize(x, dim=-1)  # x̂; a zero row stays zero
+        unit = unit_rows(x)  # x̂; a zero row stays zero
         if implementation == "plain" or isinstance(tau, Tensor):
             return plain_contrast(unit, x, tau=tau, symmetric=symmetric, keep=keep, exclude=exclude, dtype=dtype)
         if implementation == "sdpa":

@@ -19,12 +19,15 @@ class _Twice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = [x.view_as(x) for x in ctx.saved_tensors]  # one may be computed from another: each has its own share
-        if not torch.is_grad_enabled():
-            return grad, None, *(None for _ in inputs)
-        wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed]
-        gradients = iter(torch.autograd.grad(ctx.definition(*inputs), wanted, grad, create_graph=True))
-        return None, None, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[2:])
+        needed, again = ctx.needs_input_grad[2:], torch.is_grad_enabled()
+        if not again and not torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched=True
+            return grad, None, *(None for _ in needed)
+        with torch.enable_grad():
+            # One may be computed from another: each has its own share.
+            inputs = [x.view_as(x) for x in ctx.saved_tensors]
+            wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+            gradients = iter(torch.autograd.grad(ctx.definition(*inputs), wanted, grad, create_graph=again))
+        return None, None, *(next(gradients) if need else None for need in needed)
 
 
 def differentiable_twice(result: Tensor, definition: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from contranorm.kernels.autograd import differentiable_twice
 from contranorm.kernels.masks import kept_columns, with_padding, without_padding
-from contranorm.kernels.plain import plain_contrast, product_dtype
+from contranorm.kernels.plain import plain_contrast, product_dtype, unit_rows
 
 NORM_EPS = 1e-12  # as in torch.nn.functional.normalize
 # Elements of (n, N, N + D) that n sequences taken together may have on a CPU, for each thread.
@@ -51,7 +50,7 @@ class _Step(torch.autograd.Function):
             if pad:
                 pad.x_is_safe = x_ is rows
             norm = torch.linalg.vector_norm(x_, dim=-1, keepdim=True)
-            torch.reciprocal(norm.clamp_min_(NORM_EPS), out=inverse_)
+            torch.reciprocal(norm.masked_fill_(norm < NORM_EPS, torch.inf), out=inverse_)
             unit = (x_ * inverse_).to(dtype)
             if pad:
                 torch.baddbmm(pad.bias(dtype), unit, unit.mT, alpha=1 / tau, out=a)
@@ -160,7 +159,7 @@ def fused_step(x: Tensor, *, own: float, scale: float, tau: float, keep: Tensor 
     def definition(x: Tensor) -> Tensor:
         rows = x if keep is None else without_padding(x, keep)
         form: dict[str, Any] = dict(tau=tau, symmetric=False, keep=keep, exclude=None, dtype=x.dtype)
-        moved = own * rows - scale * plain_contrast(F.normalize(rows, dim=-1), rows, **form)
+        moved = own * rows - scale * plain_contrast(unit_rows(rows), rows, **form)
         return moved if keep is None else with_padding(moved, x, keep)
 
     with torch.autocast(x.device.type, enabled=False):

@@ -111,5 +111,6 @@ def remembered(pattern: Tensor, key: Hashable, make: Callable[[], T]) -> T:
         _cache[pattern] = {}
     known: dict[Hashable, T] = _cache[pattern]
     if key not in known:
-        known[key] = make()
+        with torch.inference_mode(False):  # what is kept serves training, too
+            known[key] = make()
     return known[key]

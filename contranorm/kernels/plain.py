@@ -87,3 +87,10 @@ def product_dtype(x: Tensor) -> torch.dtype:
     if device == "cpu" and not (low == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):
         return x.dtype  # emulated bfloat16 products are several times slower than float32 ones
     return low
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x̂, as by torch.nn.functional.normalize, but for the gradient of a zero row: 0, since it has no direction."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    unit: Tensor = x / norm.masked_fill(norm < 1e-12, float("inf"))
+    return unit

@@ -175,6 +175,8 @@ def test_save_and_load(vanilla: Any, architecture: str, variant: str, tmp_path: 
     assert loaded.config.variant == variant and loaded.config.variant_arguments() == ours.config.variant_arguments()
     assert (loaded(**batch()).logits - ours(**batch()).logits).abs().max() < 1e-6
     assert "in every layer" in describe(ours) and "attention_sum" in describe(ours)
+    ours.config.scaled_identity = True
+    assert "ContraNorm s·x - s·A·x" in describe(ours)
 
 
 def test_attention_maps_are_softmaxes(vanilla: Any) -> None:

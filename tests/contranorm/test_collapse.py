@@ -73,6 +73,14 @@ def test_exact_zero_singular_values_are_finite():
     assert singular_spectrum(torch.zeros(6, 4)).tolist() == [0] * 4
 
 
+def test_features_that_are_not_finite_have_no_rank():
+    x = torch.randn(2, 6, 4)
+    whole = singular_spectrum(x)[1]
+    x[0, 1, 2] = torch.nan
+    assert math.isnan(effective_rank(x)) and singular_spectrum(x)[0].isnan().all()
+    assert torch.equal(singular_spectrum(x)[1], whole)
+
+
 def test_zero_rows_and_single_rows():
     assert mean_cosine_similarity(torch.zeros(3, 4)) == 0
     assert mean_cosine_similarity(torch.ones(1, 4)) == 1
@@ -127,6 +135,21 @@ def test_probe_records_each_layer_and_call():
     assert frame[["call", "layer", "module"]].values.tolist() == [[0, 0, "first"], [1, 0, "first"], [0, 1, ""]]
     assert frame.mean_cosine[0] == pytest.approx(mean_cosine_similarity(first))
     assert frame.effective_rank[2] == pytest.approx(effective_rank(model(x)[0]))
+
+
+def test_probe_reads_the_features_of_an_output_with_names():
+    class Output(dict):
+        def __getitem__(self, key):
+            return [*self.values()][key] if isinstance(key, int) else super().__getitem__(key)
+
+    class Encoder(nn.Module):
+        def forward(self, x):
+            return Output(last_hidden_state=x, other=None)
+
+    encoder, x = Encoder(), torch.randn(5, 4)
+    with CollapseProbe(encoder, [""]) as probe:
+        encoder(x)
+    assert probe.frame().mean_cosine[0] == pytest.approx(mean_cosine_similarity(x))
 
 
 def test_probe_takes_labels_metrics_and_masks():

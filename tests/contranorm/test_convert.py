@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import pytest
 import timm
@@ -106,6 +107,20 @@ def test_names_are_patterns_and_the_report_says_what_happened(capsys):
     assert "fc_norm (it sees pooled vectors" in report
 
 
+def test_a_pattern_may_leave_norms_out():
+    model = text_model("bert")
+    every = replace_layer_norms(model, 0.5, verbose=False)
+    revert(model)
+    rest = replace_layer_norms(model, 0.5, "!embeddings.*", verbose=False)
+    assert set(every) - set(rest) == {"embeddings.LayerNorm"}
+    revert(model)
+    only = replace_layer_norms(model, 0.5, ["encoder.layer.*.output.*", "!*.1.*", "!*.attention.*"], verbose=False)
+    assert only == ["encoder.layer.0.output.LayerNorm"]
+    revert(model)
+    with pytest.raises(ValueError, match="no LayerNorm is named 'head'"):
+        replace_layer_norms(model, 0.5, "!head")
+
+
 def test_parameters_stay_the_same_tensors_and_a_learnable_step_comes_and_goes():
     model = text_model("bert")
     before = dict(model.named_parameters())
@@ -178,6 +193,38 @@ def test_causal_models_are_refused():
     assert model(torch.randn(2, 5, 8)).shape == (2, 5, 8)  # the refused call leaves nothing behind
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("bloom", dict(hidden_size=16, n_layer=1, n_head=2)),
+        ("mpt", dict(d_model=16, n_layers=1, n_heads=2)),
+        ("openai-gpt", dict(n_embd=16, n_layer=1, n_head=2)),
+        ("xlnet", dict(d_model=16, n_layer=1, n_head=2, d_inner=32)),  # (N, B, D)
+    ],
+)
+def test_models_of_transformers_that_hide_how_they_work_are_refused(kind, fields):
+    model = AutoModel.from_config(AutoConfig.for_model(kind, vocab_size=50, **fields))
+    with pytest.raises(ValueError, match="causal" if kind != "xlnet" else "mix the samples"):
+        replace_layer_norms(model, 0.5)
+
+
+def test_a_causal_mask_is_refused_where_a_converted_norm_would_see_it_only():
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+    for mask in (causal, causal < 0):
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        layer(torch.randn(2, 5, 8), src_mask=mask)
+        replace_layer_norms(layer, 0.5, verbose=False)
+        with pytest.raises(ValueError, match="causal mask"):
+            layer(torch.randn(2, 5, 8), src_mask=mask)
+        layer(torch.randn(2, 5, 8), src_mask=torch.zeros(5, 5))  # hides nothing
+    text = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    clip = AutoModel.from_config(
+        AutoConfig.for_model("clip", text_config=text, vision_config=IMAGE | dict(patch_size=8))
+    )
+    replace_layer_norms(clip, 0.5, "vision_model.encoder.*", verbose=False)
+    clip(input_ids=IDS, pixel_values=torch.randn(2, 3, 32, 32))  # the text's attention is causal, and vanilla
+
+
 def test_pooled_vectors_that_no_name_gives_away_are_refused_at_the_first_forward():
     model = Norm(pool=True)
     replace_layer_norms(model, 0.1, verbose=False)
@@ -216,8 +263,9 @@ def test_masks_as_models_take_them(mask, padding):
     assert torch.equal(real_tokens(mask, padding=padding), REAL)
 
 
-def test_a_four_dimensional_mask_that_hides_nothing():
+def test_masks_that_hide_nothing():
     assert real_tokens(torch.zeros(2, 1, 3, 3), padding=False).all()
+    assert real_tokens(torch.zeros(2, 3), padding=False).all()  # added to the scores
 
 
 @pytest.mark.parametrize(
@@ -261,6 +309,56 @@ def gradients(model: nn.Module, forward) -> list[torch.Tensor]:
     model.zero_grad()
     forward().square().sum().backward()
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+class Featurizer(nn.Module):
+    """As sentence-transformers: the mask is in a dict, and the inner model's own hooks are passed by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = text_model("bert")
+
+    def forward(self, features):
+        return self.model.forward(**features)[0]
+
+
+def test_the_mask_in_a_dict_of_features():
+    model = Featurizer()
+    replace_layer_norms(model, 0.5, verbose=False)
+    got = model({"input_ids": IDS, "attention_mask": MASK})[1, :4]
+    want = model({"input_ids": IDS[1:, :4], "attention_mask": MASK[1:, :4]})[0]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+def test_the_rest_of_a_model_reverted_in_part_keeps_its_mask():
+    model = text_model("bert")
+    replace_layer_norms(model, 0.5, verbose=False)
+    assert revert(model.encoder.layer[0])
+    got = output(model(IDS, attention_mask=MASK))[1, :4]
+    torch.testing.assert_close(got, output(model(IDS[1:, :4]))[0], rtol=0, atol=1e-6)
+    revert(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_threads_have_masks_of_their_own():
+    """Two requests to one served model: the second begins and ends while the first waits within its first layer."""
+    model = text_model("bert")
+    replace_layer_norms(model, 0.5, verbose=False)
+    calls = [lambda: output(model(IDS, attention_mask=MASK)), lambda: output(model(IDS))]
+    alone = [call() for call in calls]
+    main, inner = threading.current_thread(), []
+
+    def other_request(*_):
+        if threading.current_thread() is main and not inner:
+            inner.append(None)
+            thread = threading.Thread(target=lambda: inner.append(calls[1]()))
+            thread.start()
+            thread.join()
+
+    model.encoder.layer[0].register_forward_pre_hook(other_request)
+    torch.testing.assert_close(calls[0](), alone[0], rtol=0, atol=0)
+    torch.testing.assert_close(inner[1], alone[1], rtol=0, atol=0)
+    assert not torch.equal(*alone)
 
 
 def test_padding_moves_no_real_token_of_a_torch_model():

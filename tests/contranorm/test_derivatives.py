@@ -27,6 +27,31 @@ def energy(implementation, **form):
     return lambda x: contra_norm(x, 0.7, implementation=implementation, **form).pow(3).sum()
 
 
+@pytest.mark.parametrize("form", [{}, dict(pre_norm=True), dict(axis="features")], ids=str)
+@pytest.mark.parametrize("implementation", ["plain", *EXACT, "linear"])
+def test_a_zero_row_has_no_direction_and_a_gradient_of_the_size_of_the_others(implementation, form):
+    """A dead ReLU's row, or one of zeros where padding was: its direction's gradient is 1 / 1e-12 of anything."""
+    if form.get("axis") == "features" and implementation not in ("plain", "auto"):
+        implementation = "auto"
+    x = random(6, 4)
+    x[2] = 0
+    x.requires_grad_()
+    out = contra_norm(x, 0.1, implementation=implementation, **form)
+    (out * random(6, 4, seed=1)).sum().backward()
+    assert out.isfinite().all() and x.grad.abs().max() < 100
+    half = contra_norm(x.detach().half(), 0.1, implementation=implementation, **form)
+    torch.testing.assert_close(half.double(), out.detach(), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("implementation", [*EXACT, "linear"])
+def test_batched_gradients(implementation):
+    """jacobian(vectorize=True) hands every backward a batch of gradients, on which kernels of their own cannot run."""
+    x = random(5, 3)
+    step = lambda z: contra_norm(z, 0.7, implementation=implementation)  # noqa: E731
+    at_once, one_by_one = (autograd.jacobian(step, x, vectorize=vectorize) for vectorize in (True, False))
+    torch.testing.assert_close(at_once, one_by_one)
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("implementation", EXACT)
 def test_second_derivatives_are_the_plain_forms(implementation, form):

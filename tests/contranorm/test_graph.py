@@ -13,6 +13,7 @@ from torch_geometric.nn import GAT, GCN, GIN, GraphSAGE
 from torch_geometric.utils import erdos_renyi_graph, to_dense_adj, to_undirected
 
 from contranorm import GraphContraNorm, carry_edges, contra_norm
+from contranorm.kernels import masks
 
 
 def graph(n: int, seed: int = 0) -> Data:
@@ -23,6 +24,19 @@ def graph(n: int, seed: int = 0) -> Data:
 def matrix(data: Data, self_loops: bool = True) -> torch.Tensor:
     dense = to_dense_adj(data.edge_index, max_num_nodes=len(data.x))[0].T  # rows are targets
     return dense + torch.eye(len(data.x)) if self_loops else dense
+
+
+def test_what_is_remembered_of_a_batch_serves_training_and_does_not_pile_up():
+    data, norm = graph(12), GraphContraNorm(0.5)
+    batch = torch.zeros(12, dtype=torch.long)
+    with torch.inference_mode():
+        want = norm(data.x, data.edge_index, batch)
+    torch.testing.assert_close(norm(data.x.clone().requires_grad_(), data.edge_index, batch), want)
+    kept = [sum(len(known) for known in masks._cache.values())]
+    for _ in range(5):  # a loader makes a new vector for each batch
+        norm(data.x, data.edge_index, batch.clone())
+        kept.append(sum(len(known) for known in masks._cache.values()))
+    assert kept[1:] == kept[:1] * 5
 
 
 @pytest.mark.parametrize("self_loops", [True, False])

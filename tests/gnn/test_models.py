@@ -110,6 +110,7 @@ def test_sgc_takes_its_constant_steps_once(config: Any, graph: Any) -> None:
     for _ in range(4):
         net(x, adjacency)
     assert len(calls) == 1
+    assert net(x[:5], Adjacency.from_edges(torch.tensor([[0], [1]]), 5)).shape == (5, 3)  # another graph
     assert not build_model(settings(config, "PN", model="SGC", use_layer_norm=True), 12, 3).constant
     assert not build_model(settings(config, "BatchNorm", model="SGC"), 12, 3).constant
     plain = build_model(settings(config, "None", model="SGC", nlayer=3), 12, 3).eval()

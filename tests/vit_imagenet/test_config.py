@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch import nn
 
 from repro import tune
 from repro.config import CellLabel, parse_config
@@ -71,6 +72,21 @@ def test_refused(flags: str, said: str) -> None:
 def test_models_refused(flags: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         build_model(parse("--scale=0.1", *flags.split()), 10)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_pretrained_weights_are_loaded_with_and_without_their_head(
+    reset: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_ones(model: nn.Module, **_: object) -> None:
+        for parameter in model.parameters():
+            nn.init.ones_(parameter)
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", load_ones)
+    flags = ["--pretrained", *(["--reset_head"] if reset else [])]
+    model = build_model(parse("--scale=0.1", "--model=deit_micro_patch8_32", *flags), 1000)
+    assert all((p == 1).all() for name, p in model.named_parameters() if not name.startswith("head"))
+    assert bool((model.head.weight == 1).all()) is not reset
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones() -> None:

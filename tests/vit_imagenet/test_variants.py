@@ -201,6 +201,13 @@ def test_a_copy_has_first_values_of_its_own() -> None:
     assert torch.equal(other(images()), expected)
 
 
+@pytest.mark.parametrize("variant", ["neutreno", "resformer"])
+def test_nothing_of_a_pass_is_kept_beyond_it(variant: str) -> None:
+    model = build(variant)
+    model(images()).sum().backward()
+    assert not vars(model.blocks[-1].attn.first)
+
+
 @every_variant
 def test_contranorm_stands_beside_it(variant: str) -> None:
     model = strengthen(build(None))
