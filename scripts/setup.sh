@@ -18,11 +18,9 @@ if [ ! -x "$PYTHON" ] || [ "$(cat "$setup_stamp" 2>/dev/null)" != "$setup_wanted
         "${PYTHON3:-python3}" -m venv "$VENV"
     fi
     echo "installing the pinned packages into $VENV (once)" >&2
-    # --no-compile: most of the 18,000 files are never imported, and compiling them takes longer than the rest
-    install() { "$PYTHON" -m pip install --quiet --no-compile "$@"; }
-    install "$(grep '^torch==' requirements.txt)" "$(grep '^torchvision==' requirements.txt)"
-    install -r requirements.txt
-    install --no-deps -e .
+    "$PYTHON" -m pip install --quiet "$(grep '^torch==' requirements.txt)" "$(grep '^torchvision==' requirements.txt)"
+    "$PYTHON" -m pip install --quiet -r requirements.txt
+    "$PYTHON" -m pip install --quiet --no-deps -e .
     echo "$setup_wanted" >"$setup_stamp"
 fi
 export PYTHON VENV

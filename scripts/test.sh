@@ -34,7 +34,7 @@ check() {
 }
 check 60 ruff check .
 check 60 ruff format --check .
-check 180 mypy -n 2
+check 180 mypy
 timeout --foreground --signal=INT --kill-after=30 "${TEST_SECONDS:-1800}" \
     "$PYTHON" -m pytest -q -n "${JOBS:-2}" --dist loadfile --no-loadscope-reorder -m "$marks" "${arguments[@]}" || status=$?
 exit "$status"
