@@ -67,15 +67,15 @@ def replace_layer_norms(
         ValueError: a pattern without a LayerNorm, or with one that would contrast the wrong axis; nothing to replace;
             bad switches. The model is then unchanged.
     """
-    given = [names] if isinstance(names, str) else None if names is None else list(names)
-    left_out = [pattern[1:] for pattern in given or () if pattern.startswith("!")]
-    patterns = [pattern for pattern in given or () if not pattern.startswith("!")]
+    given = [names] if isinstance(names, str) else list(names or ())
+    patterns = [pattern for pattern in given if not pattern.startswith("!")]
+    by_default = names is None or (bool(given) and not patterns)
     norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
-    _matching(norms, left_out)  # each is the name of some norm
-    norms = {name: norm for name, norm in norms.items() if not any(fnmatchcase(name, p) for p in left_out)}
-    wanted = _matching(norms, patterns) if patterns or not left_out and given is not None else list(norms)
+    for name in _matching(norms, [pattern[1:] for pattern in given if pattern.startswith("!")]):
+        del norms[name]
+    wanted = list(norms) if by_default else _matching(norms, patterns)
     refused = {name: reason for name in wanted if (reason := _refusal(model, name, norms[name]))}
-    if patterns and refused:
+    if refused and not by_default:
         raise ValueError(_by_reason(refused))
     chosen = [name for name in wanted if name not in refused]
     if not chosen:
@@ -207,39 +207,34 @@ class ConvertedNorm(ContraNorm):
         return normalized
 
 
-class _PerThread(threading.local):
-    """The masks of the calls under way in one thread: a server may run several forwards of one model at once."""
+class _Calls(threading.local):
+    """Of one thread: a server may run several forwards of one model at once.
+
+    Attributes:
+        masks: one entry per call under way of a module that takes a mask, outermost first; the last one counts.
+    """
 
     def __init__(self) -> None:
         self.masks: list[Tensor | None] = []
 
     def __reduce__(self) -> Any:  # a copy starts empty
-        return _PerThread, ()
+        return _Calls, ()
 
 
 class Padding:
     """The padding mask of the forward that is under way in one converted model, and the hooks that learn it.
 
     Attributes:
-        masks: one entry per call under way of a module that takes a mask, outermost first; the last one counts.
-        norms: how many norms ask for it.
-        seen: the last forward had a mask.
+        calls: the calling thread's masks.
+        norms: how many norms ask for them.
+        seen: the last forward had a mask; of all threads, as those of a backward pass are others.
     """
 
     def __init__(self) -> None:
-        self._calls = _PerThread()
+        self.calls = _Calls()
         self.handles: list[RemovableHandle] = []
         self.norms = 0
         self.seen = False
-
-    @property
-    def masks(self) -> list[Tensor | None]:
-        """Those of the calling thread."""
-        return self._calls.masks
-
-    @masks.setter
-    def masks(self, masks: list[Tensor | None]) -> None:
-        self._calls.masks = masks
 
     def mask_for(self, x: Tensor, name: str) -> Tensor | None:
         """The mask for x (B, N, D), bool (B, N) or None.
@@ -248,10 +243,10 @@ class Padding:
             ValueError: the model's mask is not one for x.
             RuntimeError: a checkpointed block is computed again, and its mask is not known there.
         """
-        if not self.masks:
+        if not self.calls.masks:
             self._refuse_to_guess(name)
             return None
-        mask = self.masks[-1]
+        mask = self.calls.masks[-1]
         if mask is not None and mask.shape != x.shape[:-1]:
             raise ValueError(
                 f"{name}: the model's padding mask is {tuple(mask.shape)}, which does not fit {tuple(x.shape)}"
@@ -291,9 +286,10 @@ class Padding:
 
     def enter(self, parameters: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """A call begins: its own mask counts, unless one from further outside does already."""
-        outer = self.masks[-1] if self.masks else None
-        outermost = not self.masks
-        self.masks.append(outer)
+        masks = self.calls.masks
+        outer = masks[-1] if masks else None
+        outermost = not masks
+        masks.append(outer)
         given = dict(zip(parameters, args, strict=False)) | kwargs
         for value in list(given.values()):  # sentence-transformers: one dict of features
             given |= dict(value) if isinstance(value, Mapping) else {}
@@ -302,9 +298,9 @@ class Padding:
             raise ValueError(f"{type(module).__name__} is called with a causal mask: a token would see later ones")
         name = next((name for name in MASK_ARGUMENTS if given.get(name) is not None), None)
         if name is None and "pixel_values" in given:  # the text's mask says nothing about the image's tokens
-            self.masks[-1] = None
+            masks[-1] = None
         elif name is not None and outer is None and (outermost or _is_two_dimensional(given[name])):
-            self.masks[-1] = real_tokens(given[name], padding=name in PADDING_ARGUMENTS)
+            masks[-1] = real_tokens(given[name], padding=name in PADDING_ARGUMENTS)
             self.seen = True
         elif outermost:
             self._refuse_to_guess(type(module).__name__)
@@ -312,7 +308,7 @@ class Padding:
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """A call ends, be it by an exception."""
-        del self.masks[-1:]
+        del self.calls.masks[-1:]
 
     def checkpoint_with_mask(self, module: nn.Module, args: Any) -> None:
         """Have a Hugging Face layer that is checkpointed see today's mask again when it is computed again."""
@@ -329,14 +325,15 @@ class _CheckpointWithMask:
         self.function = function
 
     def __call__(self, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        masks = list(self.padding.masks)
+        masks = list(self.padding.calls.masks)
 
         def compute_with_mask(*args: Any, **kwargs: Any) -> Any:
-            before, self.padding.masks = self.padding.masks, masks
+            calls = self.padding.calls
+            before, calls.masks = calls.masks, masks
             try:
                 return compute(*args, **kwargs)
             finally:
-                self.padding.masks = before
+                calls.masks = before
 
         return self.function(compute_with_mask, *args, **kwargs)
 

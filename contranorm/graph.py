@@ -190,11 +190,7 @@ def _graphs(exclude: Tensor, batch: Tensor, n: int) -> list[tuple[Tensor, Tensor
         graphs = torch.split(batch.argsort(stable=True), sizes[sizes > 0].tolist())
         return [(nodes, restrict(exclude, nodes)) for nodes in graphs]
 
-    last: dict[str, Any] = remembered(exclude, "graphs", dict)  # of one batch vector: a new one takes its place
-    if last.get("batch") is not batch:
-        with torch.inference_mode(False):  # what is kept serves training, too
-            last.update(batch=batch, graphs=make())
-    return last["graphs"]  # type: ignore[no-any-return]
+    return remembered(exclude, "graphs", make, of=batch)
 
 
 class PairNorm(nn.Module):

@@ -5,7 +5,8 @@
 #   PRESET=cpu bash scripts/reproduce_table2.sh      a small DeiT of depth 6, 12 and 24 on CIFAR-10 and 100 classes of
 #       Tiny-ImageNet, one epoch, three seeds
 #   VARIANTS="none gfsa contranorm" bash scripts/reproduce_table2.sh      rivals of ContraNorm in the same table
-# IMAGENET is the folder with train/ and val/; CONFIGS the list of settings. RECORDS names finished records: their cells are not trained again.
+# IMAGENET is the folder with train/ and val/; CONFIGS the list of settings. RECORDS names finished records: their cells
+# are not trained again.
 # Arguments go to repro.sweep.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

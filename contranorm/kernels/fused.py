@@ -21,9 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from contranorm.kernels.autograd import differentiable_twice
 from contranorm.kernels.masks import kept_columns, with_padding, without_padding
-from contranorm.kernels.plain import plain_contrast, product_dtype, unit_rows
+from contranorm.kernels.plain import NORM_EPS, plain_contrast, product_dtype, unit_rows
 
-NORM_EPS = 1e-12  # as in torch.nn.functional.normalize
 # Elements of (n, N, N + D) that n sequences taken together may have on a CPU, for each thread.
 CHUNK = 1 << 18
 HARMLESS = 1e12  # norms whose products are far from overflow: 0 times what such rows hold is 0

@@ -105,12 +105,12 @@ def restrict(pattern: Tensor, kept: Tensor) -> Tensor:
 _cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def remembered(pattern: Tensor, key: Hashable, make: Callable[[], T]) -> T:
-    """make(), computed once per key and tensor; the tensor must not change afterwards."""
+def remembered(pattern: Tensor, key: Hashable, make: Callable[[], T], *, of: Tensor | None = None) -> T:
+    """make(), computed once per key and tensor, which must not change afterwards; anew where it is `of` another."""
     if pattern not in _cache:
         _cache[pattern] = {}
-    known: dict[Hashable, T] = _cache[pattern]
-    if key not in known:
+    known: dict[Hashable, tuple[Tensor | None, T]] = _cache[pattern]
+    if key not in known or known[key][0] is not of:
         with torch.inference_mode(False):  # what is kept serves training, too
-            known[key] = make()
-    return known[key]
+            known[key] = of, make()
+    return known[key][1]

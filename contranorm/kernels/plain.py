@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from contranorm.kernels.autograd import differentiable_twice, is_traced
 from contranorm.kernels.masks import kept_columns, softmax_or_zero, stored_entries
 
+NORM_EPS = 1e-12  # as in torch.nn.functional.normalize
+
 
 def plain_contrast(
     unit: Tensor,
@@ -89,8 +91,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return low
 
 
-def unit_rows(x: Tensor) -> Tensor:
+def unit_rows(x: Tensor, eps: float = NORM_EPS) -> Tensor:
     """x̂, as by torch.nn.functional.normalize, but for the gradient of a zero row: 0, since it has no direction."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    unit: Tensor = x / norm.masked_fill(norm < 1e-12, float("inf"))
+    unit: Tensor = x / norm.masked_fill(norm < eps, float("inf"))
     return unit

@@ -45,7 +45,7 @@ def attend_twice(q: Tensor, k: Tensor, v: Tensor, c1: Tensor, c2: Tensor) -> Ten
 
 def _parts(q: Tensor) -> tuple[list[slice], int]:
     """The heads in groups, and the size of the largest."""
-    size = min(max(1, len(q)), max(1, CHUNK * torch.get_num_threads() // q.shape[1] ** 2))
+    size = max(1, min(len(q), CHUNK * torch.get_num_threads() // q.shape[1] ** 2))
     return [slice(start, start + size) for start in range(0, len(q), size)], size
 
 

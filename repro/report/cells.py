@@ -43,9 +43,9 @@ def select_runs(frame: pd.DataFrame, where: dict[str, str]) -> pd.DataFrame:
 
 def select_best(frame: pd.DataFrame, keys: list[str], best: str, by: str) -> pd.DataFrame:
     """Keep, in each group of `keys`, the runs of the value of `best` with the highest mean of metric `by`."""
-    for name in (*keys, best):
-        if name not in frame:
-            raise no_field(name, frame)
+    _check_fields(frame, keys)
+    if best not in frame:
+        raise no_field(f"--best {best}", frame)
     if f"metrics.{by}" not in frame:
         raise UserError(f"--by {by}: no record has that metric; there are {metrics_of(frame)}")
     kept = []
@@ -67,9 +67,7 @@ def aggregate(frame: pd.DataFrame, keys: list[str], metric: str) -> pd.DataFrame
     column = f"metrics.{metric}"
     if column not in frame:
         raise UserError(f"--metric {metric}: no record has it; there are {metrics_of(frame)}")
-    for name in keys:
-        if name not in frame:
-            raise no_field(name, frame)
+    _check_fields(frame, keys)
     cells = []
     for labelled, group in frame.groupby(keys, dropna=False, sort=False):
         labels = dict(zip(keys, labelled, strict=True))
@@ -172,6 +170,12 @@ def one_per_replicate(group: pd.DataFrame, column: str, where: str) -> pd.DataFr
             which = f"seed {seed}" + (f" of split {split}" if "split" in group and group["split"].notna().any() else "")
             raise UserError(f"cell {where}: {which} is there twice with different numbers: {', '.join(same['path'])}")
     return group[~runs.duplicated()]
+
+
+def _check_fields(frame: pd.DataFrame, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in frame:
+            raise no_field(name, frame)
 
 
 def no_field(name: str, frame: pd.DataFrame) -> UserError:

@@ -5,7 +5,6 @@ Example: python -m repro.report.tables results/table3/runs --preset table3
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -93,17 +92,18 @@ class Config(RecordsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, value in PRESETS.get(self.preset or "", {}).items():
+            if getattr(self, name) is None and not (name == "test" and self.margin is not None):  # TOST is the margin's
+                setattr(self, name, value)
         if (self.best is None) != (self.by is None):
             raise ValueError("--best and --by belong together: the field to choose, and the metric that chooses")
         if self.by is not None and "test" in self.by:
             raise ValueError(f"--by {self.by}: a choice by test numbers is none; name a validation metric")
-        preset = PRESETS.get(self.preset or "", {})
-        against = preset.get("against") if self.against is None else self.against
-        if (self.margin is not None or self.test is not None) and not against:
+        if (self.margin is not None or self.test is not None) and not self.against:
             raise ValueError(f"--{'test' if self.margin is None else 'margin'} needs --against")
         if self.margin is not None and (self.margin <= 0 or self.test is not None):
             raise ValueError("--margin is larger than 0, and its test is TOST: without --test")
-        if self.average and not (preset.get("columns") if self.columns is None else self.columns):
+        if self.average and not self.columns:
             raise ValueError("--average needs --columns: it is the mean over some of them")
 
     @property
@@ -446,11 +446,6 @@ def main(argv: list[str] | None = None) -> None:
     words = records_flag(argv)
     config = parse_config(Config, words, prog="python -m repro.report.tables", description=__doc__ or "")
     find_records(config.records)  # a wrong path is the first thing to say
-    preset = PRESETS.get(config.preset or "", {})
-    given: dict[str, Any] = {k: v if getattr(config, k) is None else getattr(config, k) for k, v in preset.items()}
-    if config.margin is not None:
-        given.pop("test", None)  # TOST is its test
-    config = dataclasses.replace(config, **given)
     missing = [f"--{name}" for name in ("rows", "metric") if not getattr(config, name)]
     if missing:
         frame = load_records(config.records)
