@@ -1,7 +1,10 @@
 # Sourced by the scripts that run a sweep and report on it. RESULTS is the sweep's folder; RECORDS, separated by commas,
 # the records whose cells are not run again.
 
-committed() { compgen -G "$1/*.jsonl" | paste -sd, || true; } # FOLDER: its files of records, separated by commas
+committed() { # FOLDERS: their files of records, separated by commas
+    local folder
+    for folder; do compgen -G "$folder/*.jsonl"; done | paste -sd, || true
+}
 has_runs() { [ -n "$(find "$1" -name record.json -print -quit 2>/dev/null)" ]; } # FOLDER
 plan_only() { # ARGUMENTS of repro.sweep: true when they run nothing
     local argument

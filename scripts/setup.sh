@@ -18,9 +18,12 @@ if [ ! -x "$PYTHON" ] || [ "$(cat "$setup_stamp" 2>/dev/null)" != "$setup_wanted
         "${PYTHON3:-python3}" -m venv "$VENV"
     fi
     echo "installing the pinned packages into $VENV (once)" >&2
-    "$PYTHON" -m pip install --quiet "$(grep '^torch==' requirements.txt)" "$(grep '^torchvision==' requirements.txt)"
-    "$PYTHON" -m pip install --quiet -r requirements.txt
-    "$PYTHON" -m pip install --quiet --no-deps -e .
+    # bytecode afterwards, on all cores: pip compiles on one, and with PYTHONDONTWRITEBYTECODE each process would anew
+    install() { "$PYTHON" -m pip install --quiet --no-compile "$@"; }
+    install "$(grep '^torch==' requirements.txt)" "$(grep '^torchvision==' requirements.txt)"
+    install -r requirements.txt
+    install --no-deps -e .
+    "$PYTHON" -m compileall -qq -j 0 "$VENV/lib" || true # a few files of the packages are templates
     echo "$setup_wanted" >"$setup_stamp"
 fi
 export PYTHON VENV

@@ -1,4 +1,4 @@
-"""The value of a setting whose runs have the highest mean of a validation metric, for each data set.
+"""The value of a setting that validation chooses for each data set: the highest mean over the seeds that all have.
 
 Examples:
     python -m repro.report.best results/table1 --each task_name --setting scale --by score
@@ -15,7 +15,7 @@ import pandas as pd
 
 from repro.config import parse_config
 from repro.errors import UserError, run_main
-from repro.report.cells import no_field, select_best, select_runs, sortable, split_names, text_of
+from repro.report.cells import comparable, no_field, select_best, select_runs, sortable, split_names, text_of
 from repro.report.records import RecordsConfig, load_records, records_flag
 from repro.report.tables import markdown_table
 
@@ -32,10 +32,8 @@ class Config(RecordsConfig):
     """One choice for each value of this field, or of several, separated by commas: a line each."""
     columns: str | None = None
     """Print a Markdown table with a column for each value of this field too; unset: lines of value and choice."""
-    where: dict[str, str] = field(default_factory=dict)
+    where: dict[str, Any] = field(default_factory=dict)
     """Keep only runs whose fields have these values."""
-    seeds: list[int] = field(default_factory=list)
-    """Choose by the runs of these seeds; unset: by all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +47,7 @@ def table_of(frame: pd.DataFrame, config: Config) -> pd.DataFrame:
     heads = {head: f"{column} {text_of(head)}" for head in sorted(set(frame[column]), key=sortable)}
     rows: dict[tuple[Any, ...], dict[str, str]] = {}
     for (*place, head), runs in frame.groupby([*each, column]):
-        chosen = select_best(runs, [column], config.setting, config.by)
+        chosen = select_best(comparable(runs, config.setting), [column], config.setting, config.by)
         mean, tried = 100 * chosen[f"metrics.{config.by}"].mean(), runs[config.setting].nunique()
         empty = dict(zip(each, map(text_of, place), strict=True)) | dict.fromkeys(heads.values(), "")
         text = f"{_short(chosen[config.setting].iloc[0])} ({mean:.1f}, of {tried})"
@@ -69,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in [*each, *([config.columns] if config.columns else []), config.setting]:
         if name not in frame:
             raise no_field(name, frame)
-    frame = frame[frame[config.setting].notna() & (frame["seed"].isin(config.seeds) | (not config.seeds))]
+    frame = frame[frame[config.setting].notna()]
     if frame.empty:
         raise UserError(f"--setting {config.setting}: no run has it")
     if config.columns:

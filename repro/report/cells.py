@@ -30,19 +30,34 @@ def rows_of(frame: pd.DataFrame) -> list[dict[Any, Any]]:
     return [dict(zip(frame.columns, row, strict=True)) for row in frame.to_numpy(dtype=object)]
 
 
-def select_runs(frame: pd.DataFrame, where: dict[str, str]) -> pd.DataFrame:
-    """The runs whose fields have these values; a UserError where that leaves none."""
+def select_runs(frame: pd.DataFrame, where: dict[str, Any]) -> pd.DataFrame:
+    """The runs whose fields have these values (numbers as numbers: 1 is 1.0); a UserError where that leaves none."""
+
+    def has(value: Any, wanted: Any) -> bool:
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            try:
+                return float(value) == float(wanted)
+            except (TypeError, ValueError):
+                return False
+        return str(value) == str(wanted)
+
     for name, wanted in where.items():
         if name not in frame:
             raise no_field(f"--where {name}", frame)
-        frame = frame[frame[name].map(str) == str(wanted)]
+        frame = frame[[has(value, wanted) for value in frame[name]]]
     if frame.empty:
         raise UserError("no record is left after --where")
     return frame
 
 
 def select_best(frame: pd.DataFrame, keys: list[str], best: str, by: str) -> pd.DataFrame:
-    """Keep, in each group of `keys`, the runs of the value of `best` with the highest mean of metric `by`."""
+    """Keep, in each group of `keys`, the runs of the value of `best` with the highest mean of metric `by`.
+
+    The mean is over the runs that `comparable` keeps: more seeds of one value than of another decide nothing.
+
+    Raises:
+        UserError: a field or the metric is missing, or the values have no seed in common.
+    """
     _check_fields(frame, keys)
     if best not in frame:
         raise no_field(f"--best {best}", frame)
@@ -51,11 +66,21 @@ def select_best(frame: pd.DataFrame, keys: list[str], best: str, by: str) -> pd.
     kept = []
     for _, group in frame.groupby(keys, dropna=False, sort=False):
         values = group[best].map(text_of)
-        means = group.groupby(values, sort=False)[f"metrics.{by}"].agg(lambda numbers: numbers.mean(skipna=False))
+        scores = comparable(group, best)[f"metrics.{by}"].groupby(values, sort=False)
+        means = scores.agg(lambda numbers: numbers.mean(skipna=False))
         if means.isna().any():
             raise UserError(f"--by {by}: some runs have no such metric")
         kept.append(group[values == means.idxmax()])
     return pd.concat(kept)
+
+
+def comparable(group: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The runs of those seeds (and splits) that all values of the field `name` have; a UserError where none is."""
+    values = group[name].map(text_of)
+    shared = values.groupby(replicate(group), dropna=False).transform("nunique") == values.nunique()
+    if not shared.any():
+        raise UserError(f"no seed has runs of every {name} ({', '.join(dict.fromkeys(values))}): choose with --where")
+    return group[shared]
 
 
 def aggregate(frame: pd.DataFrame, keys: list[str], metric: str) -> pd.DataFrame:

@@ -84,8 +84,8 @@ class Config(RecordsConfig):
     """The field on the horizontal axis of `depth`; its values are the curves' points."""
     label: str = "method"
     """The field whose values are the curves; several, separated by commas, are joined: `family,scale`."""
-    where: dict[str, str] = field(default_factory=dict)
-    """Keep only runs whose fields have these values: `--where '{data: cora, depth: "16"}'`."""
+    where: dict[str, Any] = field(default_factory=dict)
+    """Keep only runs whose fields have these values: `--where '{data: cora, depth: 16}'`."""
     best: str | None = None
     """Draw, for each curve and point, only the value of this field (say scale) with the highest mean of --by."""
     by: str | None = None

@@ -56,7 +56,7 @@ class Config(RecordsConfig):
     """The field that makes the columns; empty for a single column."""
     metric: str | None = None
     """Name in the records' metrics."""
-    where: dict[str, str] = field(default_factory=dict)
+    where: dict[str, Any] = field(default_factory=dict)
     """Keep only runs whose fields have these values: `--where '{data: cora}'`."""
     best: str | None = None
     """A field to choose per cell (say scale): the value with the highest mean of `--by` is shown, and named in
@@ -66,10 +66,11 @@ class Config(RecordsConfig):
     average: str | None = None
     """Comma-separated columns whose mean becomes a further column, run by run (those of equal seed belong together);
     where some row lacks one of them, it is taken over the columns that all rows have, and named so."""
-    show: Literal["table", "cells", "agreement", "sentence", "headline"] = "table"
-    """table: the cells, and beside them the numbers from elsewhere; cells: without these; agreement: how many published
-    cells agree, and which do not; sentence: the same in a sentence, and what --against finds in another; headline:
-    without naming the cells, for the first form of ContraNorm only, and silent where no published cell has been run."""
+    show: Literal["table", "cells", "costs", "agreement", "sentence", "headline"] = "table"
+    """table: the cells, and beside them the numbers from elsewhere; cells: without these; costs: the table of --costs
+    alone; agreement: how many published cells agree, and which do not; sentence: the same in a sentence, and what
+    --against finds in another; headline: without naming the cells, for the first form of ContraNorm only, and silent
+    where no published cell has been run."""
     against: str | None = None
     """Also show how each cell differs from that of this row, over seeds: a method (`vanilla`), or `field=value`."""
     test: Literal["t", "wilcoxon", "both"] | None = None
@@ -342,7 +343,8 @@ def _caption(frame: pd.DataFrame, config: Config) -> str:
         which = "all rows" if len(trials) == len(frame) else f"{len(trials)} runs"
         parts.append(f"settings of {which} chosen among {budget} on validation, on seeds of their own")
     if config.best:
-        parts.append(f"in brackets: {config.best} chosen per cell by the highest mean {config.by}")
+        how = f"the highest mean {config.by} over the seeds that all have"
+        parts.append(f"in brackets: {config.best} chosen per cell by {how}")
     return "; ".join(parts) + "."
 
 
@@ -373,6 +375,9 @@ def build(config: Config, entries: Sequence[Entry]) -> str:
     others = dict.fromkeys(e.metric for e in entries if e.metric != metric and f"metrics.{e.metric}" in frame)
     measured = {name: frame.dropna(subset=f"metrics.{name}") for name in others}
     tables = {metric: cells} | {n: in_order(aggregate(m, keys, n), rows, columns) for n, m in measured.items()}
+    if config.show == "costs":
+        costs = render(cost_table(cells, keys), config.format)
+        return costs if config.format == "csv" else f"{'% ' * (config.format == 'latex')}{EXPLAINED}.\n\n{costs}"
     if config.show not in ("table", "cells"):
         ours = against_sentences(cells, config) if config.against else []
         return _agreement(everything, others, entries, ours, config)

@@ -6,6 +6,7 @@ Example: python -m repro.report.times results/quickstart/records.jsonl
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 
@@ -19,7 +20,7 @@ from repro.report.records import RecordsConfig, load_records, records_flag
 class Config(RecordsConfig):
     """Which runs."""
 
-    where: dict[str, str] = field(default_factory=dict)
+    where: dict[str, Any] = field(default_factory=dict)
     """Keep only runs whose fields have these values: `--where '{data: cora}'`."""
 
 

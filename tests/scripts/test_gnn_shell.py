@@ -149,7 +149,7 @@ def test_the_complete_plan(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_exact_and_linear_side_by_side(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graphs on which the literature reports ContraNorm as out of memory."""
+    """Two graphs nearly as large as the one on which the literature reports ContraNorm as out of memory."""
     chosen = {"DATASETS": "dblp coauthor_cs", "NORMS": "None CN", "SCALES": "1.0", "SEEDS": "0"}
     script = "gnn/run_different_baselines.sh"
     _, lines = hear(script, **chosen, IMPLEMENTATION="auto linear", DEGREE="1", RECORDS="")
@@ -223,8 +223,9 @@ def test_large_graphs_exact_and_linear(hear: Hear, root: Path, monkeypatch: pyte
     assert forms == {
         ("None", "auto", 200): 60, ("CN", "linear", 200): 30, ("CN", "blocked", 3): 10, ("CN", "linear", 3): 10
     }  # fmt: skip
-    (report,) = parse_report_calls(calls[2:])
-    assert report.output == "/r/large.md" and report.records == ["/r/runs"] and report.costs
+    accuracy, costs = parse_report_calls(calls[2:])
+    assert (accuracy.output, accuracy.where, accuracy.show) == ("/r/large.md", {"epochs": 200}, "table")
+    assert (costs.output, costs.where, costs.show) == ("/r/large_costs.md", {"epochs": 3}, "costs")
     assert len(hear("scripts/reproduce_large.sh", "--dry-run", RECORDS="")[0]) == 2
 
 

@@ -108,9 +108,8 @@ def whole(long: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_in_mid_epoch_and_started_again(
-    how: signal.Signals, long: list[str], whole: Path, tmp_path: Path, python: str, root: Path
+    long: list[str], whole: Path, tmp_path: Path, python: str, root: Path
 ) -> None:
     flags, folder = long, tmp_path / "killed"
     process = subprocess.Popen(
@@ -121,8 +120,8 @@ def test_killed_in_mid_epoch_and_started_again(
     while not (folder / "checkpoints" / "step-0000000004").exists() and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.002)
-    process.send_signal(how)
-    assert process.wait(timeout=100) == (-signal.SIGKILL if how == signal.SIGKILL else 128 + signal.SIGTERM)
+    process.kill()
+    assert process.wait(timeout=100) == -signal.SIGKILL
     assert not (folder / "record.json").exists()
     main([*flags, f"--output_dir={folder}"])
     same_run(whole, folder)

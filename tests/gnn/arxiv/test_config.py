@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from gnn.arxiv.__main__ import main
 from gnn.arxiv.config import GIANT, Config
 from repro.config import LOCATION_FIELDS, parse_config
 from repro.errors import UserError
@@ -110,14 +112,18 @@ def test_refused(line: str, message: str) -> None:
 def test_bad_input_is_one_line_and_exit_code_2(python: str, tmp_path: Path) -> None:
     for line, message in [
         ("--attn-drop 0.1", "attn_drop"),
-        (f"--mode student --data cora --teacher {tmp_path}/none", "no finished teacher"),
         (f"--features giant --data_root {tmp_path}", "could not be fetched"),
     ]:
         command = [python, "-m", "gnn.arxiv", *line.split(), "--output_dir", str(tmp_path / "run")]
         environment = {"PATH": "", "XDG_CACHE_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
-        import os
-
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
         assert done.returncode == 2, done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
         assert not (tmp_path / "run").exists()
+
+
+def test_a_student_without_a_teacher(tmp_path: Path) -> None:
+    line = f"--mode student --data cora --teacher {tmp_path}/none --output_dir {tmp_path}/run"
+    with pytest.raises(UserError, match="no finished teacher"):
+        main(line.split())
+    assert not (tmp_path / "run").exists()

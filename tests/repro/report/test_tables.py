@@ -151,7 +151,7 @@ def test_splits_times_seeds_are_the_runs_of_one_cell(write_records, table):
     assert cora["mean ± std (n)"] == "85.00 ± 7.07 (2)"
     assert "22 runs, seeds 0, 1, splits 0, 1, 2, 3, 4, 5, 6, 7, 8, 9;" in text.replace(".", ";")
     assert len(cells_of(table(folder, rows="data,split"))) == 11
-    assert "splits" not in table(folder, "--where", '{split: "3"}')
+    assert "splits" not in table(folder, "--where", '{split: "3"}') == table(folder, "--where", "{split: 3.0}")
     write_records(values[3], data="texas", split=3, folder="runs/copy")
     assert "(20)" in table(folder)
     write_records([0.1], data="texas", split=3, folder="runs/other")
@@ -561,6 +561,10 @@ def test_each_part_of_the_rivals_table_has_its_switch(rivals, table):
     assert text.count("\n\n|") == 1 and "Wilcoxon" not in text and "IQM" not in text and "Costs" not in text
     text = table(folder, "--tuned", "--costs", "--overall", "--columns", "depth", rows="family")
     assert "IQM" in text and "P(>" not in text and "multiply-adds" in text
+    text = table(folder, "--tuned", "--show", "costs", "--columns", "depth", rows="family")
+    assert text.startswith("Costs: ") and len(_parts(text)) == 1 and "±" not in text and "multiply-adds" in text
+    text = table(folder, "--tuned", "--show", "costs", "--format", "csv", "--columns", "depth", rows="family")
+    assert text.startswith("family,depth,")
     with pytest.raises(UserError, match="mixes"):
         table(folder, "--columns", "depth", rows="family")
 
