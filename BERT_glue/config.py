@@ -206,7 +206,7 @@ class Config(ContraNormOptions, VariantOptions, RunConfig):
             return self.site_names
         digits = {str(digit): name for digit, name in DIGITS[architecture].items()}
         asked = str(self.pos).replace(",", "")
-        if not set(asked) <= set(digits):
+        if not asked or not set(asked) <= set(digits):
             choices = ", ".join(f"{digit} {name}" for digit, name in digits.items())
             raise UserError(f"--pos {self.pos}: {architecture} has no such site; the digits are 0 none, {choices}")
         return [digits[digit] for digit in asked]

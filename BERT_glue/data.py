@@ -108,7 +108,7 @@ def _own_splits(config: Config) -> Splits:
     if config.do_predict and config.test_file:
         rows = _own_file(config.test_file)
         _check_texts(rows, sentences, config.test_file)
-        test = {Path(config.test_file).stem: rows}
+        test = {Path(config.test_file).stem: rows.select_columns(list(sentences))}
     return Splits(Task(sentences, names), raw.get("train"), {"": raw["validation"]}, test)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -67,6 +68,7 @@ def load_backbone(config: Config, task: Task) -> tuple[PreTrainedModel, PreTrain
             name,
             config=_configure(vanilla, config, task, sites),
             attn_implementation=config.attn_implementation,
+            dtype=torch.float32,  # whatever the file's: --mixed_precision is about products, not weights
             use_safetensors=True,  # never a pickle
             output_loading_info=True,
         )
@@ -74,6 +76,11 @@ def load_backbone(config: Config, task: Task) -> tuple[PreTrainedModel, PreTrain
         raise UserError(f"{flag}: weights not loaded: {reason(error)}") from error
     if missing := sorted(key for key in info["missing_keys"] if not UNTRAINED.search(key)):
         raise UserError(f"{flag}: the checkpoint has no weights for {missing[0]} and others")
+    if any(key.startswith("classifier.") for key in info["missing_keys"]):
+        if config.num_train_epochs == 0:
+            raise UserError(f"{flag}: no trained classifier there, and --num_train_epochs 0 trains none")
+    else:
+        _align_head(model, vanilla, task, config)
     check_sites(model, sites)
     return model, tokenizer
 
@@ -98,11 +105,30 @@ def _configure(vanilla: PretrainedConfig, config: Config, task: Task, sites: lis
     return built if sites or config.variant else without_contranorm(built)
 
 
+def _align_head(model: PreTrainedModel, trained: PretrainedConfig, task: Task, config: Config) -> None:
+    """Put the rows of a trained head in the order of the task's labels, which it may have learned in another."""
+    there = {str(name).lower(): number for number, name in trained.id2label.items()}
+    wanted = [name.lower() for name in task.labels]
+    if not wanted or all(re.fullmatch(r"label_\d+", name) for name in there):  # names that say nothing
+        return
+    if set(there) == set(wanted):
+        order = [there[name] for name in wanted]
+        for parameter in model.classifier.parameters():
+            parameter.data = parameter.data[order]
+    elif config.num_train_epochs == 0:
+        raise UserError(
+            f"{config.model_name_or_path}: its classifier knows {', '.join(there)}, the data has {', '.join(wanted)}"
+        )
+
+
 def _check_fit(vanilla: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, config: Config, task: Task) -> None:
     """Refuse what would otherwise end in an index error, or in a head of the wrong size."""
     name = config.model_name_or_path
     if (config.max_length or 0) > (limit := vanilla.max_position_embeddings):
         raise UserError(f"--max_length {config.max_length}: {name} has {limit} positions")
+    special = tokenizer.num_special_tokens_to_add(pair=len(task.sentences) == 2)
+    if config.max_length is not None and config.max_length <= special:
+        raise UserError(f"--max_length {config.max_length}: {special} are special tokens, none is left for text")
     if len(tokenizer) > vanilla.vocab_size:
         raise UserError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {vanilla.vocab_size}")
     wanted = len(task.labels) or 1

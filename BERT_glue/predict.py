@@ -55,14 +55,12 @@ def write_predictions(folder: Path, predictions: dict[str, Tensor], task: Task) 
 
 
 def rows_of(texts: list[str], columns: int | None) -> list[list[str]]:
-    """One list of texts per prediction: tab-separated ones, or two without a tab for a model of pairs.
+    """One list of texts per prediction, those of a pair separated by a tab.
 
     Raises:
         UserError: another number of texts than the model was trained on (None: not known).
     """
     rows = [text.split("\t") for text in texts]
-    if columns == 2 and [len(row) for row in rows] == [1, 1]:
-        rows = [[row[0] for row in rows]]
     columns = columns or len(rows[0])
     for row in rows:
         if len(row) != columns or columns > 2:
@@ -143,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("no text given")
     model, tokenizer = load(arguments.model)
     columns = getattr(model.config, "text_columns", None)
+    if not arguments.file and columns and len(columns) == len(texts) == 2 and not any("\t" in text for text in texts):
+        texts = ["\t".join(texts)]  # a pair as two --text
     for line in table(model, tokenizer, rows_of(texts, columns and len(columns))):
         print("\t".join(line))
 

@@ -25,6 +25,7 @@ RECORDS="${RECORDS-$(committed results/table1)}" # records whose cells are not r
 
 program="python -m BERT_glue.main"
 if [ "$PROCESSES" -gt 1 ]; then
+    if [ $((32 % PROCESSES)) != 0 ]; then echo "error: PROCESSES=$PROCESSES does not divide the batch of 32" >&2 && exit 2; fi
     program="torchrun --standalone --nproc-per-node=$PROCESSES -m BERT_glue.main"
     FLAGS="--per_device_train_batch_size $((32 / PROCESSES)) $FLAGS"
 fi

@@ -25,7 +25,7 @@ case "$DEVICE" in
     *) export CUDA_VISIBLE_DEVICES="$DEVICE" ;;
 esac
 case "$SCALE" in
-    *[1-9]*) ;;
+    *[!0.]*) ;; # a number, or what BERT_glue.main refuses
     *) POS=0 ;;
 esac
 case "$POS" in

@@ -181,6 +181,8 @@ def train(setup: TrainingSetup, run: Run) -> Progress:
                         run.checkpoint(p.step, checkpoint_state(setup, p))
 
             loss = accelerator.reduce(p.loss_sum / p.batches, "mean").item()
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} in epoch {p.epoch + 1}: try a lower --learning_rate")
             p.metrics = evaluate(setup)
             line = {"epoch": p.epoch + 1, "step": p.step, "loss": loss, "lr": setup.scheduler.get_last_lr()[0]}
             p.curve.append({**line, **p.metrics, "train_seconds": round(p.seconds, 3)})

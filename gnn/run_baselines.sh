@@ -10,6 +10,7 @@ source scripts/python.sh
 positional=()
 while [ $# -gt 0 ] && [ "$1" != "--" ]; do positional+=("$1"); shift; done
 [ $# -gt 0 ] && shift
+if [ ${#positional[@]} -gt 5 ]; then echo "error: ${positional[5]}: other flags of gnn.main stand after --" >&2 && exit 2; fi
 DATA="${positional[0]:-${DATA:-cora}}"
 NLAYER="${positional[1]:-${NLAYER:-2}}"
 NORM="${positional[2]:-${NORM:-None}}"

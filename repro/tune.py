@@ -121,6 +121,13 @@ def load_space(path: Path) -> Space:
     needed = {"command", "metric", "search", "methods"}
     if not isinstance(content, dict) or not needed <= set(content) <= {*needed, "trial_flags"}:
         raise UserError(f"{path}: must hold the keys command, metric, search and methods, and may hold trial_flags")
+    for name in ("search", "methods"):
+        if not isinstance(content[name], dict) or not (content[name] or name == "search"):
+            raise UserError(f"{path}: {name} must be a mapping{'' if name == 'search' else ' with a method or more'}")
+    try:
+        str(content["command"]).format(data="", depth=0)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"{path}: command may hold {{data}} and {{depth}} in braces, not {error}") from error
     if missing := [name for name in ("{data}", "{depth}") if name not in str(content["command"])]:
         raise UserError(f"{path}: command lacks {missing[0]}")
     metric = str(content["metric"])
@@ -130,6 +137,8 @@ def load_space(path: Path) -> Space:
     for name, method in content["methods"].items():
         if not isinstance(method, dict) or not set(method) <= {"flags", "search"}:
             raise UserError(f"{path}: {name} may hold flags and search")
+        if not isinstance(method.get("search", {}), dict):
+            raise UserError(f"{path}: {name}: search must be a mapping")
         ranges = {**content["search"], **method.get("search", {})}
         found = {flag: _range(value, f"{path}: {name}: {flag}") for flag, value in ranges.items()}
         methods.append(Method(name, str(method.get("flags", "")), found))

@@ -21,13 +21,20 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
         if place.is_dir():
             if (place / "model.safetensors").exists():
                 return load_file(place / "model.safetensors")
-            return dict(_read_newest(place)["model"])
+            return _tensors(_read_newest(place))
         if place.suffix == ".safetensors":
             return load_file(place)
-        tree = torch.load(place, map_location="cpu", weights_only=True)
+        return _tensors(torch.load(place, map_location="cpu", weights_only=True))
     except (OSError, ValueError, RuntimeError, SafetensorError, EOFError, UnpicklingError) as error:
         raise UserError(f"{path}: no weights readable there ({error})") from error
-    return dict(tree.get("model", tree))
+
+
+def _tensors(tree: Any) -> dict[str, torch.Tensor]:
+    """The state dict that a file holds, as it is or under "model"."""
+    state = tree.get("model", tree) if isinstance(tree, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError("it holds no state dict")
+    return state
 
 
 def read_state(path: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ source scripts/records.sh
 PARTS="${PARTS:-gnn vit glue}"
 SEEDS="${SEEDS:-0 1 2}"
 DATA_ROOT="${DATA_ROOT:-${CONTRANORM_DATA:-data}}"
+DATA_ROOT="$(printf %q "$DATA_ROOT")" # as a word of a line
 RESULTS="${RESULTS:-results/flags/runs}"
 
 gnn() { # Cora, depth 8: every way to compute the layer; in the slow one also a validation pass every epoch

@@ -6,6 +6,12 @@ committed() { # FOLDERS: their files of records, separated by commas
     for folder; do compgen -G "$folder/*.jsonl"; done | paste -sd, || true
 }
 has_runs() { [ -n "$(find "$1" -name record.json -print -quit 2>/dev/null)" ]; } # FOLDER
+ran() { # COMMAND...: 1, some cells failed, is kept in `status`; any other failure, and Ctrl-C, ends the script
+    local code=0
+    "$@" || code=$?
+    if [ "$code" -gt 1 ]; then exit "$code"; fi
+    if [ "$code" = 1 ]; then status=1; fi
+}
 plan_only() { # ARGUMENTS of repro.sweep: true when they run nothing
     local argument
     for argument in "$@"; do case "$argument" in --dry-run | --dry_run | --status) return 0 ;; esac; done

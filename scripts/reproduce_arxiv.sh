@@ -20,6 +20,7 @@ LAYERS="${LAYERS:-2}"
 FLAGS="${FLAGS:-}" # appended to every line, e.g. "--probe"
 RESULTS="${RESULTS:-results/arxiv_$DATA/runs}"
 JOBS="${JOBS:-2}"
+place="$(printf %q "$RESULTS")" # as a word of a line
 TFLOPS="${TFLOPS:-5}" # what a GPU sustains in float32, for the estimate
 
 norm_of() {
@@ -37,8 +38,8 @@ lines() { # argument: teacher or student
         for seed in $SEEDS; do
             run="layers$LAYERS-$arm-seed$seed"
             line="python -m gnn.arxiv --config gnn/arxiv/configs/$DATA.yaml --mode $1 $norm --n_layers $LAYERS"
-            line="$line --n_epochs $EPOCHS --seed $seed${FLAGS:+ $FLAGS} --output_dir $RESULTS/$1-$run"
-            [ "$1" = teacher ] || line="$line --teacher $RESULTS/teacher-$run"
+            line="$line --n_epochs $EPOCHS --seed $seed${FLAGS:+ $FLAGS} --output_dir $place/$1-$run"
+            [ "$1" = teacher ] || line="$line --teacher $place/teacher-$run"
             echo "$line"
         done
     done

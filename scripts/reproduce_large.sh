@@ -13,10 +13,9 @@ export RESULTS="${RESULTS:-results/large/runs}" SCALES="${SCALES:-1.0}"
 export RECORDS="${RECORDS-$(committed results/large)}"
 
 status=0
-NORMS="None CN" IMPLEMENTATION=linear SEEDS="${SEEDS:-0 1 2}" bash gnn/run_different_baselines.sh "$@" || status=$?
-NORMS=CN IMPLEMENTATION="blocked linear" SEEDS=0 FLAGS="--epochs ${EXACT_EPOCHS:-3}" bash gnn/run_different_baselines.sh "$@" || status=$?
+NORMS="None CN" IMPLEMENTATION=linear SEEDS="${SEEDS:-0 1 2}" ran bash gnn/run_different_baselines.sh "$@"
+NORMS=CN IMPLEMENTATION="blocked linear" SEEDS=0 FLAGS="--epochs ${EXACT_EPOCHS:-3}" ran bash gnn/run_different_baselines.sh "$@"
 if plan_only "$@"; then exit "$status"; fi
-if [ "$status" -gt 1 ]; then exit "$status"; fi # 1: some cells failed, and the rest make a table
 records="$(all_records)"
 table() { "$PYTHON" -m repro.report.tables --records "$records" --rows data,method,implementation --columns depth --metric test_accuracy "$@"; }
 table --where "{epochs: 200}" --output "$(dirname "$RESULTS")/large.md"

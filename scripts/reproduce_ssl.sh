@@ -26,6 +26,7 @@ case "$PRESET" in
 esac
 RESULTS="${RESULTS:-$folder/runs}"
 folder="$(dirname "$RESULTS")"
+place="$(printf %q "$RESULTS")" # as a word of a line
 RECORDS="${RECORDS-$(compgen -G "$folder/*/records.jsonl" | paste -sd, || true)}"
 
 has() { case " $PARTS " in *" $1 "*) true ;; *) false ;; esac; }
@@ -41,14 +42,14 @@ run() {
     shift 2
     for seed in $seeds; do
         echo "python -m SSL_cifar.main --config SSL_cifar/configs/$* --seed $seed${FLAGS:+ $FLAGS}" \
-            "--output_dir $RESULTS/$name-seed$seed"
+            "--output_dir $place/$name-seed$seed"
     done
 }
 # cluster NAME flags...: centres of patches.
 cluster() {
-    echo "python -m SSL_cifar.tokens ${*:2} --output_dir $RESULTS/tokens/$1"
+    echo "python -m SSL_cifar.tokens ${*:2} --output_dir $place/tokens/$1"
 }
-centres() { echo "--center_path $RESULTS/tokens/$1/centres.safetensors"; }
+centres() { echo "--center_path $place/tokens/$1/centres.safetensors"; }
 
 # -- small networks on 10,000 images of CIFAR-10 -----------------------------------------------------------------------
 
@@ -88,9 +89,8 @@ cpu_tokens() {
     done
     cluster pixel256-patch8 --max_train_samples 10000 --num_workers 0 --k 256 --patch_size 8
 }
-teacher="$RESULTS/attn/simclr-seed0"
 cpu_features() { # tokens of features need a trained network: part attn
-    cluster features50 --max_train_samples 10000 --num_workers 0 --k 50 --teacher "$teacher"
+    cluster features50 --max_train_samples 10000 --num_workers 0 --k 50 --teacher "$place/attn/simclr-seed0"
 }
 cpu_mim() {
     run "$FEW_SEEDS" mim/mae mim_cpu.yaml --method mae
@@ -177,7 +177,7 @@ paper_ar() { :; } # no setting is published
 # -- running -----------------------------------------------------------------------------------------------------------
 
 features=""
-if has mim && [ "$PRESET" = cpu ] && { has attn || [ -e "$teacher/record.json" ]; }; then features=1; fi
+if has mim && [ "$PRESET" = cpu ] && { has attn || [ -e "$RESULTS/attn/simclr-seed0/record.json" ]; }; then features=1; fi
 stage() { for part in "$@"; do if has "$part"; then "${PRESET}_$part"; fi; done; }
 first() { stage tokens rdm attn arcl multi; }
 second() { if [ -n "$features" ]; then "${PRESET}_features"; fi; }
@@ -193,9 +193,8 @@ status=0
 for step in first second third; do # features need a trained network, and the methods on tokens the tokens
     lines="$("$step")"
     if [ -z "$lines" ]; then continue; fi
-    "$PYTHON" -m repro.sweep --results "$RESULTS" ${RECORDS:+--records "[$RECORDS]"} --jobs "${JOBS:-2}" \
-        --cluster "${CLUSTER:-local}" "$@" <<<"$lines" || status=$?
-    if [ "$status" -gt 1 ]; then exit "$status"; fi # 1: some cells failed, and the rest make a table
+    ran "$PYTHON" -m repro.sweep --results "$RESULTS" ${RECORDS:+--records "[$RECORDS]"} --jobs "${JOBS:-2}" \
+        --cluster "${CLUSTER:-local}" "$@" <<<"$lines"
 done
 if plan_only "$@"; then exit "$status"; fi
 

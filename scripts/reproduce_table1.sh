@@ -28,23 +28,23 @@ export RECORDS="${RECORDS-$(committed results/table1)}"
 status=0
 for model in $MODELS; do
     case "$model" in
-        *albert*) MODEL="$model" bash BERT_glue/run_different_baselines_al.sh "$@" || status=$? ;;
-        *) MODEL="$model" bash BERT_glue/run_different_baselines.sh "$@" || status=$? ;;
+        *albert*) MODEL="$model" ran bash BERT_glue/run_different_baselines_al.sh "$@" ;;
+        *) MODEL="$model" ran bash BERT_glue/run_different_baselines.sh "$@" ;;
     esac
 done
 if [ "$PRESET" = cpu ]; then
     rte_sites="${RTE_SITES:-layer_input attention_context attention_output attention_norm ffn_output ffn_sum ffn_norm}"
     export MODEL=minilm
-    for site in $rte_sites; do TASKS=rte SCALES=0.05 SITES="$site" bash BERT_glue/run_different_baselines.sh "$@" || status=$?; done
-    TASKS=rte SCALES=0.05 CONTRANORM_FLAGS=--include_padding bash BERT_glue/run_different_baselines.sh "$@" || status=$?
+    for site in $rte_sites; do TASKS=rte SCALES=0.05 SITES="$site" ran bash BERT_glue/run_different_baselines.sh "$@"; done
+    TASKS=rte SCALES=0.05 CONTRANORM_FLAGS=--include_padding ran bash BERT_glue/run_different_baselines.sh "$@"
     if [ -z "$RECORDS" ] && ! has_runs "$RESULTS"; then
         echo "then seeds $more_seeds of vanilla and of each task's best scale, which is known when these have run" >&2
     else # the best by the seeds that all scales have, so that two seeds more of one do not change the choice
-        "$PYTHON" -m repro.report.best --records "$(all_records)" --each task_name --setting scale --by score \
-            --where "{sites: '${SITES:-attention_sum}', include_padding: 'False'}" |
-            while read -r task scale; do
-                TASKS="$task" SCALES="vanilla $scale" SEEDS="$more_seeds" bash BERT_glue/run_different_baselines.sh "$@"
-            done || status=$?
+        best="$("$PYTHON" -m repro.report.best --records "$(all_records)" --each task_name --setting scale --by score \
+            --where "{sites: '${SITES:-attention_sum}', include_padding: 'False'}")"
+        while read -r task scale; do
+            TASKS="$task" SCALES="vanilla $scale" SEEDS="$more_seeds" ran bash BERT_glue/run_different_baselines.sh "$@"
+        done <<<"$best"
     fi
 fi
 if plan_only "$@"; then exit "$status"; fi

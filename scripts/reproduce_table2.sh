@@ -30,15 +30,14 @@ status=0
 for config in $CONFIGS; do
     flags="${FLAGS:-}"
     case "$config" in
-        imagenet*) flags="$flags${IMAGENET:+ --data-path $IMAGENET}" ;;
+        imagenet*) flags="$flags${IMAGENET:+ --data-path $(printf %q "$IMAGENET")}" ;;
     esac
     case "$config" in
-        imagenet100*) flags="$flags${CLASS_LIST:+ --class-list $CLASS_LIST}" ;;
+        imagenet100*) flags="$flags${CLASS_LIST:+ --class-list $(printf %q "$CLASS_LIST")}" ;;
     esac
-    CONFIG="$config" FLAGS="$flags" RESULTS="$RESULTS" RECORDS="$RECORDS" bash ViT_imagenet/run_different_baselines.sh "$@" || status=$?
+    CONFIG="$config" FLAGS="$flags" RESULTS="$RESULTS" RECORDS="$RECORDS" ran bash ViT_imagenet/run_different_baselines.sh "$@"
 done
 if plan_only "$@"; then exit "$status"; fi
-if [ "$status" -gt 1 ]; then exit "$status"; fi # 1: some cells failed, and the rest make a table
 records="$(all_records)"
 "$PYTHON" -m repro.report.tables --preset table2 --records "$records" --output "$(dirname "$RESULTS")/table2.md"
 exit "$status"

@@ -62,6 +62,7 @@ def _versions() -> dict[str, str]:
     return {name: found[0].version for name, found in installed.items() if found}
 
 
+@functools.cache
 def _commit() -> str | None:
     """Commit of the code that runs, with `-dirty` when tracked files differ; None outside a checkout."""
     here = Path(__file__).parent
@@ -73,6 +74,9 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return line.stdout.strip()
+
+
+_commit()  # asked now, when the code is imported: what is committed during a run, or before a fork, is not what runs
 
 
 def peak_rss_mb() -> float:

@@ -27,6 +27,7 @@ class Cell:
     line: str  # normalised; the identity of the cell
     argv: tuple[str, ...]  # what is executed (never through a shell), with the run folder in it
     folder: Path
+    named: bool = False  # the line has an --output_dir of its own
 
 
 def normalise(line: str) -> list[str]:
@@ -78,8 +79,10 @@ def _pairs(words: Iterable[str]) -> Iterator[tuple[str, str | None]]:
         yield name, None
 
 
-def make_cell(line: str, results: Path, where: str = "line") -> Cell | None:
+def make_cell(line: str, results: Path, where: str = "line", *, runs_here: bool = True) -> Cell | None:
     """The cell of one line, or None for a blank line or a comment.
+
+    Without `runs_here` the program need not be on this machine.
 
     Raises:
         UserError: unbalanced quotes, a line that needs a shell, an unknown program, `--output_dir` without a value.
@@ -95,15 +98,16 @@ def make_cell(line: str, results: Path, where: str = "line") -> Cell | None:
     text = shlex.join(words)
     beside = str(Path(sys.executable).parent)  # where torchrun is
     program = sys.executable if words[0] == "python" else shutil.which(words[0], path=beside) or shutil.which(words[0])
-    if program is None:
+    if program is None and runs_here:
         raise UserError(f"{where}: {words[0]!r} is no program on this machine (lines do not go through a shell)")
     named = [value for name, value in _pairs(words) if name in ("output_dir", "output-dir")]
     if named and not named[-1]:
         raise UserError(f"{where}: --output_dir without a folder in {text!r}")
+    argv = (program or words[0], *words[1:])
     if named and named[-1]:
-        return Cell(text, (program, *words[1:]), Path(named[-1]))
+        return Cell(text, argv, Path(named[-1]), named=True)
     folder = results / f"{slug(words)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    return Cell(text, (program, *words[1:], "--output_dir", str(folder)), folder)
+    return Cell(text, (*argv, "--output_dir", str(folder)), folder)
 
 
 def read_cells(lines: Iterable[str], results: Path) -> tuple[list[Cell], int]:

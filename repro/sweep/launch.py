@@ -187,12 +187,12 @@ class SlurmLauncher:
 
     def final_status(self, attempt: Attempt) -> Status:
         """What the cell's folder says, and what SLURM says of the job."""
-        return queue_status(attempt.cell, read_ledger(self._ledger).get(attempt.cell.line), {})
+        return queue_status(attempt.cell, read_ledger(self._ledger).get(attempt.cell.line), {}, self._ledger.parent)
 
     def _note(self, attempt: Attempt, **news: str) -> None:
         entry = {"line": attempt.cell.line, "attempt_id": attempt.attempt_id, "job": attempt.handle} | news
         with open(self._ledger, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write("\n" + json.dumps(entry) + "\n")  # the line before it may be torn
 
     def close(self) -> None:
         """Nothing is held."""
@@ -233,19 +233,20 @@ def read_ledger(path: Path) -> dict[str, dict[str, str]]:
             entry = json.loads(line)
             jobs[entry["line"]] = {name: entry[name] for name in ("job", "attempt_id")} | entry
         except (ValueError, TypeError, KeyError):
-            continue  # the end of a line that was being written when the sweep died
+            continue  # blank, or being written when the sweep died
     return jobs
 
 
 def look(cells: list[Cell], results: Path) -> list[tuple[Cell, Status]]:
     """What the folders say of the cells, and the queue where cells were ever queued."""
-    jobs = read_ledger(ledger_path(results))
+    ledger = ledger_path(results)
+    jobs = read_ledger(ledger)
     queue = (queue_states() or {}) if jobs else {}
-    return [(cell, queue_status(cell, jobs.get(cell.line), queue)) for cell in cells]
+    return [(cell, queue_status(cell, jobs.get(cell.line), queue, ledger.parent)) for cell in cells]
 
 
-def queue_status(cell: Cell, job: dict[str, str] | None, states: dict[str, str]) -> Status:
-    """What a cell's folder, its last `job` in the ledger and the `states` of the queue say together."""
+def queue_status(cell: Cell, job: dict[str, str] | None, states: dict[str, str], logs: Path) -> Status:
+    """What a cell's folder, its last `job` in the ledger, the queue's `states` and submitit's `logs` say together."""
     found = status(cell)
     if job is None or found.state in ("done", "running"):
         return found
@@ -259,7 +260,7 @@ def queue_status(cell: Cell, job: dict[str, str] | None, states: dict[str, str])
     if state == "CANCELLED":
         return Status("cancelled", f"job {job['job']} was cancelled", found.details)
     if found.state == "waiting":
-        reason = last_line(cell.folder.parent / ".submitit" / f"{job['job']}_0_log.err") or "no message"
+        reason = last_line(logs / f"{job['job']}_0_log.err") or "no message"
         return Status("failed", f"job {job['job']} ended before the cell started: {reason}")
     if state not in ("COMPLETED", "FAILED", GONE):
         return Status(found.state, f"{found.message}; SLURM says {state}", found.details)

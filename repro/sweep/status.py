@@ -39,6 +39,11 @@ def status(cell: Cell) -> Status:
     if is_held(cell.folder):
         gpus = f", GPU {details['gpus']}" if details.get("gpus") else ""
         return Status("running", f"on {details.get('host', '?')}{gpus}", details)
+    return of_last_try(details)
+
+
+def of_last_try(details: dict[str, Any]) -> Status:
+    """How the last try of a cell without a record ended, by its cell.json."""
     state = details.get("state")
     if state is None:
         return Status("waiting")

@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from repro.config import parse_config
 from repro.errors import Interrupted, UserError, run_main
-from repro.sweep.cell import Canonical, Cell, canonical, read_cells
+from repro.sweep.cell import Canonical, Cell, canonical, make_cell, read_cells
 from repro.sweep.devices import Devices
 from repro.sweep.launch import Attempt, Launcher, LocalLauncher, SlurmLauncher, look
 from repro.sweep.runner import remove_leftovers
-from repro.sweep.status import State, Status, is_held, last_line, status
+from repro.sweep.status import State, Status, is_held, last_line, of_last_try, status
 
 PLAN = "sweep.txt"
 LOST = ("interrupted", "cancelled", "failed")  # states that are explained by the log's last line
@@ -137,6 +137,7 @@ class Sweep:
         self.own: dict[str, float] = {}  # line → seconds of what this sweep itself has finished
         self._waiting = collections.deque(cells)
         self._running: list[Attempt] = []
+        self._attached: set[str] = set()  # tries that an earlier sweep has started
         self._starting = False
         self._noted = False
         self._stop: int | None = None
@@ -181,11 +182,15 @@ class Sweep:
     def _attach(self, launcher: SlurmLauncher) -> None:
         """Take over the jobs that an earlier sweep left in the queue."""
         self._running = launcher.queued(list(self._waiting))
+        self._attached = {attempt.attempt_id for attempt in self._running}
         lines = {attempt.cell.line for attempt in self._running}
         self._waiting = collections.deque(cell for cell in self._waiting if cell.line not in lines)
 
     def _start_some(self) -> None:
         """Fill the free places; a cell that another sweep is running goes to the back of the line."""
+        own = [attempt for attempt in self._running if attempt.attempt_id not in self._attached]
+        if own and isinstance(self.launcher, SlurmLauncher):
+            return  # --jobs limits an array: two side by side would be twice as many
         chosen: list[Cell] = []
         for _ in range(len(self._waiting)):
             if len(self._running) + len(chosen) >= self.launcher.capacity:
@@ -211,6 +216,9 @@ class Sweep:
     def _finish(self, attempt: Attempt) -> int:
         """Note how an attempt has ended; returns 1, or 0 when its cell is running elsewhere."""
         found = self.launcher.final_status(attempt)
+        own = found.details.get("attempt_id") == attempt.attempt_id and found.details.get("state") != "running"
+        if found.state == "running" and own:  # it has ended; a child that it left behind, say a loader's, has the lock
+            found = of_last_try(found.details)
         if found.state == "running":  # another sweep was faster, or the child has outlived its parent
             self._waiting.append(attempt.cell)
             return 0
@@ -308,25 +316,51 @@ def show(cells: list[Cell], results: Path, known: dict[str, Status]) -> None:
 def _remember(folder: Path, cells: list[Cell]) -> None:
     """Keep the lines in DIR/sweep.txt, for `--status` and repro.sweep.watch; another sweep may add its own."""
     path = folder / PLAN
-    known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    known = set(text.splitlines())
     if new := [cell.line for cell in cells if cell.line not in known]:
+        torn = text and not text.endswith("\n")  # a sweep was killed as it wrote its last line
         with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(f"{line}\n" for line in new))
+            file.write("\n" * bool(torn) + "".join(f"{line}\n" for line in new))
 
 
 def known_cells(folder: Path) -> list[Cell]:
-    """The cells of all sweeps over a results folder so far."""
+    """The cells of all sweeps over a results folder so far: of several lines for one folder, the last.
+
+    Raises:
+        UserError: no sweep was started over it.
+    """
     path = folder / PLAN
-    if not path.exists():
-        raise UserError(f"{folder} holds no {PLAN}: no sweep was started over it")
-    return read_cells(path.read_text(encoding="utf-8").splitlines(), folder)[0]
+    cells: dict[str, Cell] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(UserError):  # a torn line
+            if cell := make_cell(line, folder, runs_here=False):
+                cells[os.path.abspath(cell.folder)] = cell
+    if not cells:
+        raise UserError(f"{folder} holds no {PLAN} with cells: no sweep was started over it")
+    return [*cells.values()]
+
+
+def _to_plan(cell: Cell) -> Status:
+    """`status`; but a folder that the line names may hold another command's run: the run itself compares settings."""
+    found = status(cell)
+    if found.state == "done" and cell.named:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            command = json.loads((cell.folder / "record.json").read_text(encoding="utf-8"))["command"]
+            if canonical(command)[0] == canonical(cell.line)[0] and canonical(command) != canonical(cell.line):
+                return Status("waiting", "its record is of another command", found.details)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns 1 when a cell failed."""
     config = parse_config(Config, argv, prog="python -m repro.sweep", description=__doc__ or "")
     results = Path(config.results)
-    lines = [] if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().splitlines()
+    try:
+        lines = [] if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().splitlines()
+        "".join(lines).encode()  # bytes that are no text come as lone surrogates
+    except UnicodeError as error:
+        raise UserError(f"the lines on standard input are no UTF-8: {error}") from error
     cells, repeated = read_cells(lines, results)
     if config.status:
         cells = cells or known_cells(results)
@@ -337,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
     if repeated:
         print(f"note: {repeated} repeated lines left out", file=sys.stderr)
     known = recorded(cells, config.records)
-    states = {cell.line: status(cell) for cell in cells} | known
+    states = {cell.line: _to_plan(cell) for cell in cells} | known
     todo = [cell for cell in cells if states[cell.line].state != "done"]
     print(f"{len(cells)} cells, {len(cells) - len(todo)} done, {len(todo)} to run", file=sys.stderr)
     if config.dry_run:

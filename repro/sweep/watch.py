@@ -121,6 +121,13 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(config.results)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
+    try:
+        _watch(folder, config)
+    except BrokenPipeError:  # `| head` has seen enough; what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _watch(folder: Path, config: Config) -> None:
     while True:
         cells = known_cells(folder)
         size = shutil.get_terminal_size((160, len(cells) + 4))
@@ -133,7 +140,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        run_main(main)
-    except BrokenPipeError:  # `| head` has seen enough
-        os._exit(0)
+    run_main(main)

@@ -73,7 +73,7 @@ def test_files_for_the_server() -> None:
 
 def test_prediction_writes_every_file_of_a_task(backbones: Any, glue_root: Path, tmp_path: Path) -> None:
     arguments = ["--model_name_or_path", str(backbones["bert"]), "--data_root", str(glue_root), "--do_predict"]
-    arguments += ["--num_train_epochs", "0", "--per_device_eval_batch_size", "4"]
+    arguments += ["--max_train_steps", "1", "--per_device_eval_batch_size", "4"]
     main([*arguments, "--task_name", "mnli", "--output_dir", str(tmp_path)])
     files = sorted(p.name for p in (tmp_path / "predictions").iterdir())
     assert files == ["AX.tsv", "MNLI-m.tsv", "MNLI-mm.tsv"]
@@ -144,7 +144,7 @@ def test_own_classes(backbones: Any, own: Any, kind: str) -> None:
 
 def test_own_scores_and_pairs(backbones: Any, own: Any, tmp_path: Path, record: Any) -> None:
     rows = {"a": ["the cat", "a dog", "red", "blue"], "b": ["x", "y", "z", "w"], "label": [0.5, 1.25, 3.0, 2.0]}
-    (tmp_path / "new.csv").write_text("a,b\nthe cat,a dog\nred,blue\n")
+    (tmp_path / "new.csv").write_text("a,b,label\nthe cat,a dog,unread\nred,blue,no number\n")
     flags = own(rows, rows)
     splits = load_splits(settings(backbones, *flags))
     assert splits.task.sentences == ("a", "b") and splits.task.labels == ()
@@ -330,6 +330,8 @@ def test_bad_places(backbones: Any, own: Any, glue_root: Path, tmp_path: Path) -
     local = ["--task_name", "rte", "--data_root", str(glue_root)]
     bad_run(tmp_path, [*bert, *local, "--report_to", "wandb"], "--report_to wandb: not installed")
     bad_run(tmp_path, [*bert, *local, "--max_length", "500"], "--max_length 500: .* has 128 positions")
+    bad_run(tmp_path, [*bert, *local, "--max_length", "3"], "--max_length 3: 3 are special tokens")
+    bad_run(tmp_path, [*bert, *local, "--pos", ",", "--scale", "1"], "--pos ,: bert has no such site")
     bad_run(tmp_path, [*bert, *local, "--num_hidden_layers", "3"], "has weights for 2 layers")
     site = ["--pos", "7", "--scale", "1"]
     bad_run(
@@ -362,10 +364,34 @@ def test_checkpoints_that_do_not_fit(backbones: Any, glue_root: Path, tmp_path: 
     bad_run(tmp_path, [*local, str(folder)], "model type 'roberta', ContraNorm is built into bert or albert")
 
 
+def test_a_trained_head_answers_by_its_own_names(backbones: Any, own: Any, tmp_path: Path, vanilla: Any) -> None:
+    """CoLA's order is not the alphabetical one that own files get; a head without a meaning is not evaluated."""
+    folder = tmp_path / "model"
+    shutil.copytree(backbones["bert"], folder)
+    rows = {"text": ["the cat", "a dog", "the tree"], "label": ["acceptable", "acceptable", "unacceptable"]}
+    only = [*own(rows, rows)[-2:], "--num_train_epochs", "0", "--model_name_or_path", str(folder)]
+    bad_run(tmp_path, only, "no trained classifier there, and --num_train_epochs 0 trains none")
+
+    model = vanilla("bert", max_position_embeddings=128, id2label=dict(enumerate(TASKS["cola"].labels)))
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([0.0, 1.0]))  # always "acceptable"
+    model.half().save_pretrained(folder)
+    main([*only, "--output_dir", str(tmp_path / "good")])
+    assert json.loads((tmp_path / "good/record.json").read_text())["metrics"]["accuracy"] == pytest.approx(2 / 3)
+    loaded, _ = load_backbone(settings({"bert": folder}, "--task_name", "cola"), TASKS["cola"])
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}  # and not the file's 16 bits
+    assert loaded.classifier.bias.tolist() == [0.0, 1.0]
+
+    model.config.id2label = {0: "bad", 1: "good"}
+    model.save_pretrained(folder)
+    bad_run(tmp_path, only, "its classifier knows bad, good, the data has acceptable, unacceptable")
+
+
 def test_a_contranorm_checkpoint_is_not_silently_used_otherwise(
     backbones: Any, glue_root: Path, tmp_path: Path
 ) -> None:
-    local = ["--task_name", "rte", "--data_root", str(glue_root), "--num_train_epochs", "0", "--model_name_or_path"]
+    local = ["--task_name", "rte", "--data_root", str(glue_root), "--max_train_steps", "1", "--model_name_or_path"]
     first = [*local, str(backbones["bert"]), "--sites", "ffn_sum", "--scale", "0.1", "--save_model"]
     main([*first, "--output_dir", str(tmp_path / "first")])
     saved = str(tmp_path / "first" / "model")

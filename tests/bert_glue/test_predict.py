@@ -24,7 +24,7 @@ def runs(tmp_path_factory: Any, backbones: dict[str, Path], glue_root: Path) -> 
     for task, more in {"rte": [], "sst2": ["--pos", "7", "--scale", "0.1"], "stsb": []}.items():
         AcceleratorState._reset_state(reset_partial_state=True)
         flags = ["--model_name_or_path", str(backbones["bert"]), "--data_root", str(glue_root), "--max_length", "24"]
-        flags += ["--num_train_epochs", "0", "--save_model", *more]
+        flags += ["--max_train_steps", "1", "--save_model", *more]
         main([*flags, "--task_name", task, "--output_dir", str(root / task)])
     return {task: root / task for task in ("rte", "sst2", "stsb")}
 
@@ -57,6 +57,9 @@ def test_pairs(runs: dict[str, Path], capsys: Any, tmp_path: Path) -> None:
     (tmp_path / "texts.tsv").write_text("the cat sat\ta cat\n\nred\tblue " + "big " * 99 + "\n" + "a\tb\n" * 70)
     lines = printed(capsys, *model, "--file", str(tmp_path / "texts.tsv"))
     assert len(lines) == 73 and lines[1] == two
+    (tmp_path / "texts.tsv").write_text("the cat sat\na cat\n")  # two texts, not a pair
+    with pytest.raises(UserError, match="got 1: the cat sat"):
+        predict([*model, "--file", str(tmp_path / "texts.tsv")])
 
 
 def test_scores(runs: dict[str, Path], capsys: Any) -> None:

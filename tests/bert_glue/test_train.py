@@ -228,8 +228,8 @@ def test_evaluation_keeps_no_graph_and_counts_each_row_once(
 
     monkeypatch.setattr(training, "predict", watch)
     # 11 rows in batches of 10 and 5: the last batch has one row
-    main(command(tmp_path / "run", "--num_train_epochs", "0", "--per_device_eval_batch_size", "10", task="stsb"))
-    main(command(tmp_path / "again", "--num_train_epochs", "0", "--per_device_eval_batch_size", "5", task="stsb"))
+    main(command(tmp_path / "run", "--max_train_steps", "1", "--per_device_eval_batch_size", "10", task="stsb"))
+    main(command(tmp_path / "again", "--max_train_steps", "1", "--per_device_eval_batch_size", "5", task="stsb"))
     assert seen == [(torch.Size([11]), torch.Size([11]))] * 2
     first, second = record(tmp_path / "run")["metrics"], record(tmp_path / "again")["metrics"]
     assert first == pytest.approx(second, abs=1e-5)
@@ -381,6 +381,12 @@ def test_held_out_training_examples_take_the_place_of_the_validation_set(
     parts = [load_splits(parse(command(tmp_path / "run", *more, "--seed", seed, task="mnli"))) for seed in ("1", "2")]
     held = [set(part.validation[""]["idx"]) for part in parts]
     assert held[0] == held[1] and len(held[0]) == 6 and held[0] | set(parts[0].train["idx"]) == set(range(22))
+
+
+def test_a_diverged_run_leaves_no_record(command: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the loss is nan in epoch 1: try a lower --learning_rate"):
+        main(command(tmp_path / "run", "--learning_rate", "1e38"))
+    assert not (tmp_path / "run" / "record.json").exists()
 
 
 @pytest.mark.parametrize("more", [["--num_train_epochs", "0"], ["--hold_out", "0"]])

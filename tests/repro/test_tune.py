@@ -177,6 +177,8 @@ def test_nonsense_is_refused(argv: list[str], message: str, run: Any) -> None:
         ("[log, 0.001, 0.1]", "[log, 1]", "vanilla: lr: must be"),
         ("[log, 0.001, 0.1]", "0.1", "vanilla: lr: must be"),
         ("flags:", "flag:", "rival may hold flags and search"),
+        ("{dropout: [linear, 0.2, 0.8]}", "[dropout]", "vanilla: search must be a mapping"),
+        ("{depth}", "{depth} {seed}", "command may hold {data} and {depth} in braces, not 'seed'"),
     ],
 )
 def test_a_space_that_is_none(before: str, after: str, message: str, space: Path, run: Any) -> None:

@@ -25,7 +25,8 @@ def shell(tmp_path: Path, root: Path):
         "#!/usr/bin/env bash\n"
         f'printf "%q " "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\n'
         '[ "$2" = repro.sweep ] && cat > /dev/null\n'
-        'echo "ran $2"; [ "$2" != "$FAILING" ] || exit 5\n'
+        'if [ "$2" = repro.report.best ] && [ -n "$BEST" ]; then printf "$BEST\\n"; exit; fi\n'
+        'echo "ran $2"; [ "$2" != "$FAILING" ] || exit "${CODE:-5}"\n'
     )
     python.chmod(0o755)
     stamp = subprocess.run(
@@ -36,7 +37,8 @@ def shell(tmp_path: Path, root: Path):
 
     def run(script: str, *arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
         (tmp_path / "calls").write_text("")
-        environment = {**os.environ, "VENV": str(tmp_path / "venv"), "PYTHON": str(python), "FAILING": "", **variables}
+        places = {"VENV": str(tmp_path / "venv"), "PYTHON": str(python)}
+        environment = {**os.environ, **places, "FAILING": "", "BEST": "", **variables}
         done = subprocess.run(
             ["bash", str(root / script), *arguments], cwd="/", env=environment, capture_output=True, text=True,
             stdin=subprocess.DEVNULL,
@@ -108,6 +110,28 @@ def test_table_3_runs_the_sweep_then_tables_and_figures_that_accept_their_argume
         assert [call[1] for call in calls] == ["repro.sweep"]
     done, calls = shell("scripts/reproduce_table3.sh", RESULTS=str(results), RECORDS="", FAILING="repro.sweep")
     assert done.returncode == 5 and [call[1] for call in calls] == ["repro.sweep"]
+
+
+@pytest.mark.parametrize("script", ["table1", "table2", "table3", "large", "collapse", "rivals", "ssl", "arxiv"])
+def test_ctrl_c_ends_a_script_and_failed_cells_do_not(script, shell, tmp_path):
+    """A sweep that is stopped leaves with 130, one with failed cells with 1."""
+    chosen = {"RESULTS": str(tmp_path / "runs"), "RECORDS": "", "FAILING": "repro.sweep"}
+    done, calls = shell(f"scripts/reproduce_{script}.sh", CODE="130", **chosen)
+    assert done.returncode == 130 and [call[1] for call in calls][-1] == "repro.sweep"
+    assert sum(call[1] == "repro.sweep" for call in calls) == 1
+    if script != "rivals":  # whose trials choose what is run
+        done, calls = shell(f"scripts/reproduce_{script}.sh", CODE="1", **chosen)
+        assert done.returncode == 1 and (script == "ssl" or calls[-1][1] != "repro.sweep")  # which found no records
+
+
+def test_a_failed_cell_among_the_last_seeds_of_table_1_is_told(shell, tmp_path):
+    """Whichever task it is of."""
+    runs = tmp_path / "table1" / "runs"
+    write(runs / "a", "BERT_glue", {"seed": 0}, {"score": 0.5})
+    chosen = {"PRESET": "cpu", "RESULTS": str(runs), "RECORDS": "", "FAILING": "repro.sweep", "CODE": "1"}
+    done, calls = shell("scripts/reproduce_table1.sh", BEST="cola 0.1\nrte 0.2", **chosen)
+    assert done.returncode == 1 and calls[-1][1] == "repro.report.tables"
+    assert sum(call[1] == "repro.sweep" for call in calls) == 1 + 7 + 1 + 2
 
 
 def test_figures_are_drawn_from_whatever_records_there_are(shell, tmp_path, monkeypatch, capsys):

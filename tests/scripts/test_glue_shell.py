@@ -76,6 +76,8 @@ def test_sweep_covers_tasks_scales_and_seeds(
 
 
 def test_processes_of_a_cell_share_the_papers_batch(shell: Any, monkeypatch: Any, root: Path) -> None:
+    (told,), _ = shell("BERT_glue/run_different_baselines.sh", check=False, TASKS="rte", SCALES="0.1", PROCESSES="3")
+    assert "does not divide the batch of 32" in told  # it would be 30
     _, (line,) = shell("BERT_glue/run_different_baselines.sh", TASKS="rte", SCALES="0.1", PROCESSES="2")
     monkeypatch.chdir(root)
     words = shlex.split(line)

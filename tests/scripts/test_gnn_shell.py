@@ -129,6 +129,13 @@ def test_both_forms_and_several_scales(hear: Hear, root: Path, monkeypatch: pyte
     assert refused.value.returncode == 2
 
 
+def test_a_forgotten_dash_is_told(root: Path) -> None:
+    """Words after the fifth would be lost, and another experiment trained."""
+    command = ["bash", str(root / "gnn/run_baselines.sh"), "cora", "8", "CN", "1.0", "0", "--use_layer_norm"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "--use_layer_norm: other flags" in done.stderr
+
+
 def test_the_complete_plan(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both conventions with scales of their own, and as many scales for PN-SI at depth 16 and 32."""
     calls, lines = hear("scripts/reproduce_table3.sh", "--dry-run", SEEDS="0", RECORDS="")

@@ -20,7 +20,8 @@ from repro.errors import UserError
 from repro.sweep import cell as cells
 from repro.sweep import sweep
 from repro.sweep.cell import canonical, make_cell, read_cells, slug
-from repro.sweep.status import status
+from repro.sweep.launch import Attempt, SlurmLauncher, read_ledger
+from repro.sweep.status import Status, status
 
 
 def start(lines, results, *flags, cluster="local"):
@@ -104,6 +105,25 @@ def test_repeated_and_empty_lines_are_left_out(tmp_path):
 def test_a_line_that_names_its_folder_keeps_it(tmp_path):
     cell = make_cell("python a --output_dir=x/y --output-dir z", tmp_path)
     assert cell.folder == Path("z") and cell.argv[1:] == ("a", "--output_dir=x/y", "--output-dir", "z")
+
+
+def test_lines_that_are_no_text(run_sweep):
+    with pytest.raises(UserError, match="standard input are no UTF-8"):
+        run_sweep(["python a\udcff"])
+
+
+def test_the_plan_is_read_whatever_became_of_it(tmp_path):
+    """A torn line, a program of another machine, and a later line for the same folder."""
+    with pytest.raises(UserError, match="no sweep was started over it"):
+        sweep.known_cells(tmp_path)
+    plan = tmp_path / sweep.PLAN
+    plan.write_text("")
+    with pytest.raises(UserError, match="no sweep was started over it"):
+        sweep.known_cells(tmp_path)
+    first, other = (make_cell(f"python a --x {x} --output_dir c", tmp_path) for x in (1, 2))
+    plan.write_text(f"{first.line}\nno-such-program b\npython 'c")
+    sweep._remember(tmp_path, [first, other])
+    assert [cell.line for cell in sweep.known_cells(tmp_path)] == [other.line, "no-such-program b"]
 
 
 # -- running ---------------------------------------------------------------------------------------------------------
@@ -281,6 +301,62 @@ def test_one_command_in_several_spellings(other):
 )  # fmt: skip
 def test_other_commands_stay_apart(other):
     assert canonical("python -m gnn.main --nlayer 8 --seed 0") != canonical(other)
+
+
+def test_a_named_folder_with_the_run_of_another_command_is_not_done(run_sweep, tmp_path, capsys):
+    """The cell is started, and its run compares the settings."""
+    folder = tmp_path / "named"
+    folder.mkdir()
+    lines = [f"python -S -m fake --epochs {epochs} --output_dir {folder}" for epochs in (120, 1000)]
+    (folder / "record.json").write_text(json.dumps({"metrics": {}, "command": lines[0]}))
+    for line, state in zip(lines, ["done", "waiting"], strict=True):
+        assert run_sweep([line], "--dry_run") == 0
+        assert capsys.readouterr().out.split()[0] == state
+
+
+def test_a_killed_cell_whose_own_child_lives_on_is_told_once(tmp_path):
+    """As a loader's worker does: it holds the cell's lock until it notices."""
+    code = "import os, signal, time; os.fork() or time.sleep(8) or os._exit(0); os.kill(os.getpid(), signal.SIGKILL)"
+    process = start([f'python -S -c "{code}"'], tmp_path)
+    began = time.monotonic()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 1 and told.count("killed by SIGKILL") == 1
+    assert len(list(tmp_path.rglob("log.txt"))) == 1 and "# try 2" not in next(tmp_path.rglob("log.txt")).read_text()
+    assert time.monotonic() - began < 60
+
+
+class Queue(SlurmLauncher):
+    """SLURM without SLURM: of what is queued, one job ends at every look."""
+
+    capacity = 3
+
+    def __init__(self, folder):
+        self.poll_seconds, self._ledger, self.arrays = 0, folder / "jobs.jsonl", []
+
+    def queued(self, cells):
+        return []
+
+    def start(self, cells):
+        self.arrays.append(len(cells))
+        return [Attempt(cell, cell.line, str(number)) for number, cell in enumerate(cells)]
+
+    def finished(self, attempts):
+        for attempt in attempts[:1]:
+            self._note(attempt, finished="COMPLETED")
+        return attempts[:1]
+
+    def final_status(self, attempt):
+        return Status("done")
+
+
+def test_one_array_at_a_time(tmp_path):
+    """Each holds --jobs to its limit, so that two would run twice as many; and no line of the ledger hides the next."""
+    queue = Queue(tmp_path)
+    queue._ledger.write_text('{"line": "torn')
+    found, _ = read_cells([f"python a {number}" for number in range(8)], tmp_path)
+    sweep.Sweep(found, queue).run(len(found), 0)
+    assert queue.arrays == [3, 3, 2]
+    assert set(read_ledger(queue._ledger)) == {cell.line for cell in found}
 
 
 def test_cells_with_a_committed_record_are_done(experiment, run_sweep, tmp_path, capsys):
