@@ -35,19 +35,19 @@ class ViewRef(NamedTuple):
 
 
 class Pixels:
-    """Images of one size in memory, decoded once.
+    """Images of one size in memory, decoded once; bad ones are left out.
 
     Attributes:
         images: (n, 3, H, W), uint8.
         labels: (n,).
-        numbers: (n,), the images' numbers in the data set. In training the next good image stands in a bad one's place,
-            in evaluation it is left out.
+        numbers: (n,), the images' numbers in the data set.
+        places: for each number in the data set the image's row above; a bad one's is that of the next good image.
 
     Raises:
         UserError: the images are of several sizes, or none can be decoded.
     """
 
-    def __init__(self, source: Images, bad_images: BadImages, *, training: bool) -> None:
+    def __init__(self, source: Images, bad_images: BadImages) -> None:
         images, labels, numbers = [], [], []
         for number in range(total := len(source)):  # type: ignore[arg-type]
             try:
@@ -63,9 +63,7 @@ class Pixels:
         if not images:
             raise UserError(f"none of {total} images can be decoded")
         self.images, self.labels, self.numbers = torch.stack(images), torch.tensor(labels), torch.tensor(numbers)
-        if training and len(numbers) < total:
-            places = torch.searchsorted(self.numbers, torch.arange(total)) % len(numbers)
-            self.images, self.labels, self.numbers = (t[places] for t in (self.images, self.labels, self.numbers))
+        self.places = torch.searchsorted(self.numbers, torch.arange(total)) % len(numbers)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -136,7 +134,7 @@ class Batches:
         self.current_epoch = self.start_step = 0
         self.pixels = self._loader = None
         if config.cache:
-            self.pixels = Pixels(source, bad_images, training=True)
+            self.pixels = Pixels(source, bad_images)
         else:
             self._loader = make_loader(
                 _Views(source, augment, config.batch_size), _Refs(self), config, pin_memory=device.type == "cuda"
@@ -167,6 +165,6 @@ class Batches:
             draws = self.augment.draw(
                 derive_seed(self.config.seed, self.current_epoch, VIEWS, step), self.config.batch_size
             )[self.first : self.first + self.share]
-            rows = order[step * self.config.batch_size + self.first :][: self.share]
+            rows = self.pixels.places[order[step * self.config.batch_size + self.first :][: self.share]]
             images = self.pixels.images[rows].to(self.device)
             yield self.pixels.numbers[rows], *self.augment(images, draws.to(self.device))

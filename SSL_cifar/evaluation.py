@@ -68,7 +68,7 @@ class Evaluation:
         self.rank, self.world, self.device = rank, world, device
         self.classes = len(data.classes)
         self.train: Images | Pixels = train_pixels or data.train
-        self.test: Images | Pixels = Pixels(data.test, bad_images, training=False) if config.cache else data.test
+        self.test: Images | Pixels = Pixels(data.test, bad_images) if config.cache else data.test
 
     def see(self, images: Tensor, draws: Tensor | None, shift: str | None = None) -> Tensor:
         """Images (b, 3, H, W), uint8, unaugmented and, with draws, as views: (b, 1 [+ V], 3, S, S)."""
@@ -163,9 +163,14 @@ class Evaluation:
 
     def _diagnosed(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """The same test images, and the same views of them, in every run: (b, 3, S, S), unaugmented and four views."""
-        n = len(self.test)  # type: ignore[arg-type]
-        places = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:DIAGNOSED].tolist()
-        for images, _, usable in self.batches(self.test, places, self.views.draw(0, len(places))):
+        n = len(self.test.places if isinstance(self.test, Pixels) else self.test)  # type: ignore[arg-type]
+        numbers = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:DIAGNOSED]
+        draws = self.views.draw(0, len(numbers))
+        if isinstance(self.test, Pixels):  # images have the same views with and without --cache
+            rows = self.test.places[numbers]
+            good = self.test.numbers[rows] == numbers
+            numbers, draws = rows[good], draws[good]
+        for images, _, usable in self.batches(self.test, numbers.tolist(), draws):
             clean, *views = images[usable.to(images.device)].unbind(1)
             yield clean, views
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torchvision import transforms as T
 from tqdm import tqdm
 
-from repro.config import CellLabel, RunConfig, default_data_root, parse_config
+from repro.config import CellLabel, RunConfig, default_data_root, load_yaml, parse_config
 from repro.errors import UserError, run_main
 from repro.files import write_atomic
 from repro.images.data import load_data
@@ -80,6 +80,12 @@ class LinearConfig(RunConfig):
 
     model: str
     """Folder of the finished run of SSL_cifar.main."""
+    seed: int | None = None  # type: ignore[assignment]  # never None once made
+    """Seed of everything that is drawn; unset: the finished run's."""
+    pretrain_epochs: int | None = None
+    """Of the finished run, which says it: classifiers on different pre-trainings are never averaged. Leave it out."""
+    pretrain_settings: str | None = None
+    """The same for its other settings that are not the defaults. Leave it out."""
     protocol: Literal["offline", "simclr", "mae_lin", "mae_ft"] = "offline"
     """offline: SGD, a tenth at 60 % and 80 % of the epochs. simclr: SGD, linearly to 0, from a zero classifier.
     mae_lin: LARS, BatchNorm before the classifier. mae_ft: fine-tuning of a ViT."""
@@ -101,10 +107,18 @@ class LinearConfig(RunConfig):
         for name in ("epochs", "batch_size", "lr"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
-        if self.num_workers < 0:
-            raise ValueError(f"--num_workers must not be negative, got {self.num_workers}")
+        for name in ("num_workers", "seed"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
         if self.chosen.finetune and not self.trained.backbone.startswith("vit"):
             raise ValueError(f"--protocol {self.protocol} is for ViTs, {self.model} has a {self.trained.backbone}")
+        if self.seed is None:
+            self.seed = self.trained.seed
+        found = {"pretrain_epochs": self.trained.epochs, "pretrain_settings": _changed(self.trained)}
+        for name, value in found.items():
+            if getattr(self, name) not in (None, value):
+                raise ValueError(f"--{name} {getattr(self, name)}: {self.model} has {value}: leave it out")
+            setattr(self, name, value)
 
     @functools.cached_property
     def trained(self) -> Config:
@@ -112,10 +126,17 @@ class LinearConfig(RunConfig):
         folder = Path(self.model)
         if not (folder / "model.safetensors").exists():
             raise UserError(f"--model {folder}: no model.safetensors there: name the folder of a finished run")
-        config = parse(["--config", str(folder / "args.yaml")], prog=str(folder / "args.yaml"))
-        moved = {"data_root": self.data_root} if self.data_root != default_data_root() else {}
-        moved |= {} if self.data_path is None else {"data_path": self.data_path}
-        return replace(config, num_workers=self.num_workers, cache=False, seed=self.seed, **moved)
+        path, root_given = folder / "args.yaml", self.data_root != default_data_root()
+        theirs = load_yaml(path)
+        words = ["--config", str(path)]
+        gone = isinstance(theirs, dict) and not Path(str(theirs.get("data_root"))).is_dir()
+        if root_given or self.data_path is not None or gone:  # `parse` refuses a folder that is not there any more
+            words.append(f"--data_root={self.data_root}")
+        config = parse(words, prog=str(path))
+        data_path = config.data_path if self.data_path is None else self.data_path
+        if self.data_path is None and root_given and data_path is not None and not Path(data_path).is_dir():
+            data_path = None  # the data set's folder below the new root
+        return replace(config, num_workers=self.num_workers, cache=False, data_path=data_path)
 
     @property
     def chosen(self) -> Protocol:
@@ -126,6 +147,14 @@ class LinearConfig(RunConfig):
     def label(self) -> CellLabel:
         """That of the finished run."""
         return self.trained.label()
+
+
+def _changed(trained: Config) -> str:
+    """The settings that decide what a run computes and are not the defaults, in words; but method, epochs and seed."""
+    apart = (*trained.EXECUTION_FIELDS, "method", "epochs", "seed")
+    values = {field.name: getattr(trained, field.name) for field in fields(trained) if field.name not in apart}
+    defaults = {field.name: field.default for field in fields(trained)}
+    return " ".join(f"{name}={value}" for name, value in values.items() if value != defaults[name])
 
 
 def rate(protocol: Protocol, done: float) -> float:
@@ -197,10 +226,17 @@ class Classifier(nn.Module):
 
     def optimizer(self) -> torch.optim.Optimizer:
         """The protocol's."""
-        lr, decay = self.protocol.lr, self.protocol.weight_decay
-        groups: list[dict[str, Any]] = [{"params": list(self.head.parameters()), "weight_decay": decay}]
-        if self.protocol.finetune:
-            groups += param_groups_layer_decay(self.method.backbone, decay, layer_decay=LAYER_DECAY)
+        lr, decay, finetune = self.protocol.lr, self.protocol.weight_decay, self.protocol.finetune
+        layer = self.head[-1]
+        groups: list[dict[str, Any]] = [
+            # Without always_adapt, timm's LARS is plain SGD where nothing decays. As in MAE, it leaves biases alone.
+            {"params": [layer.weight], "weight_decay": decay, "always_adapt": True},
+            {"params": [layer.bias], "weight_decay": 0.0 if finetune else decay},
+        ]
+        if finetune:
+            backbone = self.method.backbone
+            kept = backbone.no_weight_decay()  # type: ignore[operator]  # a ViT's: its class token and positions
+            groups += param_groups_layer_decay(backbone, decay, kept, layer_decay=LAYER_DECAY)
         if self.protocol.opt == "adamw":
             return torch.optim.AdamW(groups, lr=lr)
         if self.protocol.opt == "sgd":

@@ -26,7 +26,9 @@ def build_optimizer(method: Method, config: Config) -> torch.optim.Optimizer:
         trained = [p for p in group["params"] if p.requires_grad]
         flat = [p for p in trained if p.dim() <= 1 and config.opt != "sgd"]
         rest = [p for p in trained if p.dim() > 1 or config.opt == "sgd"]
-        groups += [{"params": rest, "weight_decay": config.weight_decay, **rate}] if rest else []
+        # Without always_adapt, timm's LARS is plain SGD where nothing decays.
+        adapted = {"weight_decay": config.weight_decay, "always_adapt": True}
+        groups += [{"params": rest, **adapted, **rate}] if rest else []
         groups += [{"params": flat, "weight_decay": 0.0, **rate}] if flat else []
     common: dict[str, Any] = {"lr": config.peak_lr}
     if config.opt == "adamw":

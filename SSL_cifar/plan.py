@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from repro.config import parse_config
-from repro.errors import run_main
+from repro.errors import UserError, run_main
 from repro.report.published import Entry, load_entries
 from SSL_cifar import backbones, methods
 from SSL_cifar.config import Config
@@ -54,8 +54,14 @@ def forward_operations(config: Config) -> float:
 
 
 def gpu_hours(config: Config, tflops: float) -> float:
-    """Estimate of a run's hours: forward and backward passes alone, at `tflops` sustained."""
-    images = config.max_train_samples or IMAGES[config.data_set]
+    """Estimate of a run's hours: forward and backward passes alone, at `tflops` sustained.
+
+    Raises:
+        UserError: it is not known how many training images the data set has.
+    """
+    images = config.max_train_samples or IMAGES.get(config.data_set)
+    if images is None:
+        raise UserError(f"--data_set {config.data_set}: of unknown size: give --max_train_samples")
     return (1 + BACKWARD) * forward_operations(config) * images * config.epochs / (tflops * 1e12) / 3600
 
 

@@ -16,13 +16,24 @@ CONFIG="${CONFIG:-simsiam_cifar}" # a file of SSL_cifar/configs, without .yaml
 FLAGS="${FLAGS:-}"                # appended to every line
 RESULTS="${RESULTS:-out/ssl/$CONFIG}"
 PROCESSES="${PROCESSES:-1}" # per cell, one per GPU
-# Knobs. RDM: a σ that collapses on its side is left out; log filters have none, and stand online only.
+# Knobs. RDM: a σ that collapses on its side is left out (contranorm has the other signs than poly); log filters have
+# none, and stand online only.
 SIGMAS="${SIGMAS:--1 -0.7 -0.5 -0.3 1}"
 PRED_LOCATIONS="${PRED_LOCATIONS:-online target}"
 PRED_TYPES="${PRED_TYPES:-poly log_1}"
 LAMBDAS="${LAMBDAS:-0.5}" # SimSiam-Multi
 BETAS="${BETAS:-1}"       # SimCLR-Attn
 VIEWS="${VIEWS:-2 4}"     # ArCL
+for name in $PRED_TYPES; do
+    case "$name" in poly | log | log_1 | log_2 | contranorm) ;; *)
+        echo "error: PRED_TYPES knows poly, log, log_1, log_2 and contranorm, not $name" >&2 && exit 2 ;;
+    esac
+done
+for name in $PRED_LOCATIONS; do
+    case "$name" in online | target) ;; *)
+        echo "error: PRED_LOCATIONS knows online and target, not $name" >&2 && exit 2 ;;
+    esac
+done
 
 knobs() {
     local value side kind
@@ -34,10 +45,11 @@ knobs() {
             for kind in $PRED_TYPES; do for side in $PRED_LOCATIONS; do
                 case "$kind $side" in
                     log*online) echo "--pred_type $kind --pred_location online" ;;
-                    poly*)
+                    poly* | contranorm*)
                         for value in $SIGMAS; do
-                            case "$side $value" in
-                                "online -"* | target\ [1-9]* | target\ 0.[0-9]*) ;;
+                            case "$kind $side $value" in
+                                "poly online -"* | poly\ target\ [1-9]* | poly\ target\ 0.[0-9]*) ;;
+                                "contranorm target -"* | contranorm\ online\ [1-9]* | contranorm\ online\ 0.[0-9]*) ;;
                                 *) echo "--pred_type $kind --pred_location $side --sigma $value" ;;
                             esac
                         done

@@ -34,8 +34,9 @@ def tcas(tokens: Integers, classes: Integers) -> float:
 
     Args:
         tokens: token of each patch, (N,).
-        classes: class number of each patch, (N,); every class has a patch.
+        classes: class number of each patch, (N,); classes without patches do not count.
     """
+    classes = np.unique(classes, return_inverse=True)[1]
     table = sparse.coo_array((np.ones(len(tokens)), (tokens, classes))).tocsc()
     columns = table / sparse.linalg.norm(table, axis=0)
     cosines = (columns.T @ columns).toarray()

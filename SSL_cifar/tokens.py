@@ -38,7 +38,6 @@ from repro.weights import read_weights
 from SSL_cifar import tcas
 from SSL_cifar.augment import PRESETS, Augment
 from SSL_cifar.backbones import RESNETS, ResNet
-from SSL_cifar.config import Config
 from SSL_cifar.methods import load as load_method
 from SSL_cifar.patches import PatchSettings
 
@@ -212,21 +211,26 @@ class FitConfig(ImageFields):
     augment: str = "mae"
     """Preset of the training that will use the tokens: its mean and std normalize the pixels."""
     token_normalize: bool = False
-    """Cluster directions: patches at unit length."""
+    """Cluster directions: patches and centres at unit length."""
     teacher: str | None = None
     """Cluster features in place of pixels: folder of a finished run of SSL_cifar.main with a ResNet. The centres' file
     will hold its weights."""
     passes: int = 100
-    """Most passes of mini-batch k-means; it ends sooner where the centres no longer move."""
+    """Most passes of mini-batch k-means; it ends sooner after 10 mini-batches in a row that do not improve the inertia,
+    the mean squared distance to the nearest centre."""
     max_patches: int = 1_000_000
-    """Patches that the centres are fitted to, drawn as many from each image; TCAS counts all."""
+    """Most patches that the centres are fitted to, drawn evenly from all images; TCAS counts all."""
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
         self.check_image_fields()
-        for name in ("k", "patch_size", "crop_size", "eval_crop_ratio", "passes", "max_patches"):
+        for name in ("k", "patch_size", "crop_size", "passes", "max_patches"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
+        if not 0 < self.eval_crop_ratio <= 1:
+            raise ValueError(f"--eval_crop_ratio must be above 0 and at most 1, got {self.eval_crop_ratio}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be negative, got {self.seed}")
         if self.crop_size % self.patch_size:
             raise ValueError(f"--patch_size {self.patch_size} must divide --crop_size {self.crop_size}")
         if self.augment not in PRESETS:
@@ -235,7 +239,10 @@ class FitConfig(ImageFields):
     @property
     def kind(self) -> str:
         """What is clustered."""
-        return "pixel" if self.teacher is None else f"{_method_of(self.teacher).TITLE} features"
+        if self.teacher is None:
+            return "pixel"
+        method = load_method(_settings_of(self.teacher)["method"])
+        return f"{method.Settings.TITLE or method.__name__} features"  # ArCL's title is among its knobs
 
     def label(self) -> CellLabel:
         """Data set, patches, and what is clustered."""
@@ -247,7 +254,7 @@ def build_patches(config: FitConfig) -> Patches:
     """What will be clustered, with the teacher's weights.
 
     Raises:
-        UserError: the teacher cannot be read, is no ResNet, or has no vector for each patch.
+        UserError: the teacher cannot be read, is not finished, is no ResNet, or has no vector for each patch.
     """
     header = Header(config.kind, config.k, config.patch_size, *statistics(config), config.token_normalize)
     if config.teacher is None:
@@ -275,11 +282,9 @@ def _settings_of(folder: str) -> dict[str, Any]:
     settings = load_yaml(Path(folder) / "args.yaml")
     if not isinstance(settings, dict) or settings.get("backbone") not in RESNETS:
         raise UserError(f"--teacher {folder}: not the folder of a run of SSL_cifar.main with a ResNet")
+    if not (Path(folder) / "model.safetensors").exists():  # a checkpoint would be read in its place
+        raise UserError(f"--teacher {folder}: no model.safetensors there: the run is not finished")
     return settings
-
-
-def _method_of(folder: str) -> type[Config]:
-    return load_method(_settings_of(folder)["method"]).Settings
 
 
 class Source:
@@ -307,7 +312,7 @@ class Source:
 
 
 def sample(source: Source, patches: Patches, limit: int, seed: int) -> np.ndarray[Any, Any]:
-    """At most `limit` vectors (N, d), as many random ones of each image."""
+    """At most `limit` vectors (N, d): as many random ones of each image, less some at random where these are more."""
     share = math.ceil(limit / len(source.images))
     generator = torch.Generator().manual_seed(derive_seed(seed, 0))
     drawn = []
@@ -315,7 +320,11 @@ def sample(source: Source, patches: Patches, limit: int, seed: int) -> np.ndarra
         found = patches(images)  # (B, T, d)
         order = torch.rand(found.shape[:2], generator=generator).argsort(dim=1)[:, :share]
         drawn.append(found.gather(1, order.unsqueeze(2).expand(-1, -1, found.shape[2])).flatten(0, 1))
-    return torch.cat(drawn)[:limit].numpy()
+    points = torch.cat(drawn)
+    if len(points) > limit:  # the last ones may be a whole class: folders are read class by class
+        generator = torch.Generator().manual_seed(derive_seed(seed, 1))
+        points = points[torch.randperm(len(points), generator=generator)[:limit]]
+    return points.numpy()
 
 
 def fit(points: np.ndarray[Any, Any], k: int, passes: int, seed: int) -> Tensor:
@@ -339,7 +348,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with run:
         points = sample(source, patches, config.max_patches, config.seed)
         started = time.monotonic()
-        tokenizer = Tokenizer(patches, fit(points, config.k, config.passes, config.seed))
+        centres = fit(points, config.k, config.passes, config.seed)
+        tokenizer = Tokenizer(patches, F.normalize(centres, dim=1) if config.token_normalize else centres)
         fit_seconds = time.monotonic() - started
         found = [(tokenizer(images), labels) for images, labels in source.batches("tokens")]
         tokens = torch.cat([part for part, _ in found])  # (N, T)

@@ -91,6 +91,32 @@ def test_many_runs(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert lines[0][:4] == ["torchrun", "--standalone", "--nproc-per-node=4", "-m"]
 
 
+def test_contranorm_has_the_other_signs(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, lines = hear(
+        MANY, METHODS="rdm_byol", SEEDS="0", CONFIG="siamese_cpu", PRED_TYPES="contranorm", SIGMAS="-1 0 0.5 1"
+    )
+    configs = [settings(words, root, monkeypatch) for words in lines]
+    assert {(c.pred_type, c.pred_location, c.sigma) for c in configs} == {
+        ("contranorm", side, sigma)
+        for side, sigma in (("online", -1), ("online", 0), ("target", 0), ("target", 0.5), ("target", 1))
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("PRED_TYPES", "poly pollly", "PRED_TYPES knows poly, log, log_1, log_2 and contranorm, not pollly"),
+        ("PRED_LOCATIONS", "left", "PRED_LOCATIONS knows online and target, not left"),
+    ],
+)
+def test_unknown_knobs(name: str, value: str, said: str, root: Path, python: str) -> None:
+    done = subprocess.run(
+        ["bash", str(root / MANY), "--dry-run"], capture_output=True, text=True,
+        env={"PYTHON": python, "PATH": os.environ["PATH"], name: value},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (2, f"error: {said}\n")
+
+
 def documented_lines() -> list[str]:
     """Every SSL_cifar.main line of the README, the config files and the shell scripts."""
     found = []

@@ -182,7 +182,7 @@ def test_statistics_agree_with_torchvision_image_by_image(data_root: Path) -> No
     from repro.images.loader import BadImages
 
     source = load_data(config).train
-    images = Pixels(source, BadImages("fail"), training=True).images
+    images = Pixels(source, BadImages("fail")).images
     made = Augment("simclr_cifar", 32, "CIFAR10", 1)
     ours = made(images, made.draw(0, len(images)))[0][:, 0]
     torch.manual_seed(0)

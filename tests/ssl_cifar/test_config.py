@@ -11,7 +11,7 @@ import pytest
 
 from repro.config import _help_of
 from repro.errors import UserError, run_main
-from SSL_cifar import methods
+from SSL_cifar import methods, plan
 from SSL_cifar.augment import PRESETS
 from SSL_cifar.config import Config
 from SSL_cifar.linear import PROTOCOLS
@@ -172,3 +172,10 @@ def test_no_method_is_named_outside_its_file() -> None:
             f".{flag}" for flag in own
         ]:
             assert name not in text, (path.name, name)
+
+
+def test_the_cost_of_a_data_set_of_unknown_size() -> None:
+    line = "--method simclr --data_set FOLDER --stem s2 --width 4"
+    with pytest.raises(UserError, match="--data_set FOLDER: of unknown size: give --max_train_samples"):
+        plan.gpu_hours(settings(line), 20.0)
+    assert plan.gpu_hours(settings(f"{line} --max_train_samples 10"), 20.0) > 0

@@ -63,6 +63,23 @@ def test_what_decays_and_what_does_not() -> None:
         assert optimizer.param_groups[0].get("trust_clip", opt == "larc") == (opt == "larc")
 
 
+@pytest.mark.parametrize("opt", ["lars", "larc"])
+def test_lars_adapts_without_decay(opt: str) -> None:
+    """A gradient ten times as large moves a weight as far, and a bias ten times as far."""
+    line = f"--method simsiam --stem s2 --width 4 --opt {opt} --weight_decay 0 --unscaled_lr --lr 1 --warmup_epochs 0"
+    moved = []
+    for scale in (100, 1000):
+        torch.manual_seed(0)
+        method = methods.load("simsiam")(settings(line), backbones.build(settings(line)), 10)
+        optimizer = build_optimizer(method, settings(line))
+        weight, bias = method.backbone.conv1.weight, method.backbone.bn1.weight
+        before = [p.detach().clone() for p in (weight, bias)]
+        weight.grad, bias.grad = torch.full_like(weight, scale), torch.full_like(bias, scale)
+        optimizer.step()
+        moved.append([float((p.detach() - old).norm()) for p, old in zip((weight, bias), before, strict=True)])
+    assert moved[1] == pytest.approx([moved[0][0], 10 * moved[0][1]], rel=1e-3)
+
+
 def test_the_rate_rises_and_falls_and_the_predictors_stays() -> None:
     config = settings("--method simsiam --stem s2 --width 4 --lr 0.5 --batch_size 512 --epochs 20 --pred_lr_factor 10")
     assert config.peak_lr == 1.0

@@ -44,6 +44,11 @@ def test_tcas_by_hand():
     assert found == pytest.approx(2 * (8 / 17) ** 2 / 4) == pytest.approx(0.110727, abs=1e-6)
 
 
+def test_classes_without_images_do_not_count():
+    tokens_of, classes = np.array([0] * 4 + [1] + [0] + [1] * 4), np.array([1] * 5 + [4] * 5)
+    assert tcas.tcas(tokens_of, classes) == tcas.tcas(tokens_of, classes // 4)
+
+
 @pytest.mark.parametrize(
     ("k", "patches", "expected"),
     [(50, 3_200_000, 0.900), (50, 10_000, 0.816), (1000, 10_000, 0.225), (1000, 1_000, 0.007)],
@@ -172,6 +177,15 @@ def test_the_sample_takes_as_many_patches_of_each_image(folder, tmp_path):
     everything = torch.cat([patches(x).flatten(0, 1) for x, _ in source.batches("")]).numpy()
     owners = [int(np.abs(everything - point).sum(axis=1).argmin()) // 4 for point in points]
     assert sorted(owners) == sorted(list(range(12)) * 2)
+    few = tokens.sample(source, patches, 9, seed=0)  # one of each image, less three
+    owners = {int(np.abs(everything - point).sum(axis=1).argmin()) // 4 for point in few}
+    assert len(few) == len(owners) == 9 and owners != set(range(9))
+
+
+def test_centres_of_directions_are_at_unit_length(folder, tmp_path):
+    tokens.main(flags(folder, tmp_path / "run", "--k", "3", "--token_normalize"))
+    centres = tokens.load_tokenizer(tmp_path / "run" / tokens.CENTRES).centres
+    torch.testing.assert_close(centres.norm(dim=1), torch.ones(3))
 
 
 @pytest.mark.parametrize(
@@ -180,6 +194,8 @@ def test_the_sample_takes_as_many_patches_of_each_image(folder, tmp_path):
         (["--k", "49"], "--k 49 is above the 48 patches"),
         (["--k", "9", "--max_patches", "8"], "--k 9 is above the 8 patches"),
         (["--k", "0"], "--k must be above 0"),
+        (["--seed", "-1"], "--seed must not be negative, got -1"),
+        (["--eval_crop_ratio", "1.5"], "--eval_crop_ratio must be above 0 and at most 1, got 1.5"),
         (["--patch_size", "3"], "--patch_size 3 must divide --crop_size 8"),
         (["--augment", "none_such"], "--augment none_such: choose one of"),
     ],
@@ -238,12 +254,22 @@ def test_feature_tokens_are_of_the_map_with_one_vector_for_each_patch(teacher, t
     assert torch.equal(again(x), tokenizer(x)) and again.patches.header == patches.header
 
 
+def test_every_teacher_has_a_name(teacher):
+    folder, _ = teacher
+    settings = yaml.safe_load((folder / "args.yaml").read_text())
+    (folder / "args.yaml").write_text(yaml.safe_dump(settings | {"method": "arcl"}))
+    assert feature_config(folder).kind == "ArCL features"
+
+
 def test_teachers_that_do_not_fit(teacher):
     folder, _ = teacher
     with pytest.raises(UserError, match="feature maps of 8, 4, 2, 1 vectors a side, an image 16 patches"):
         tokens.build_patches(feature_config(folder, patch_size=1))
     with pytest.raises(UserError, match="no such file"):
         tokens.build_patches(feature_config(folder / "absent"))
+    (folder / "model.safetensors").rename(folder / "elsewhere")
+    with pytest.raises(UserError, match="no model.safetensors there: the run is not finished"):
+        tokens.build_patches(feature_config(folder))
     (folder / "args.yaml").write_text("backbone: vit_micro")
     with pytest.raises(UserError, match="not the folder of a run"):
         tokens.build_patches(feature_config(folder))

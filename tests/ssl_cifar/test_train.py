@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from safetensors.torch import load_file
 from repro.errors import Interrupted, UserError
 from repro.run.run import Run
 from SSL_cifar import methods
-from SSL_cifar.main import main
+from SSL_cifar.engine import Trainer, accelerator_for
+from SSL_cifar.main import main, parse
 
 from .conftest import METHOD_FLAGS
 
@@ -177,6 +179,27 @@ def test_bad_images_end_the_run_or_are_counted(
     assert [name.split(" (")[0] for name in done["bad_images"]] == [
         f"{split}-00000-of-00001.parquet, row 4" for split in ("train", "test")
     ]
+
+
+def test_a_bad_image_is_left_out_of_evaluation_with_and_without_cache(
+    quick: list[str], flags_of: FlagsOf, make_parquet: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = parse(
+        [*quick, *flags_of("simclr"), f"--data_path={make_parquet(bad=(4, 23))}", "--on_bad_image=skip", "--probe"]
+        + ["--num_workers=0", f"--output_dir={tmp_path}"]
+    )
+    found = []
+    for cache in (True, False):
+        trainer = Trainer(replace(config, cache=cache), accelerator_for(config))
+        train, test = (
+            trainer.evaluation.features(trainer.method.eval(), half)
+            for half in (trainer.evaluation.train, trainer.evaluation.test)
+        )
+        found.append((trainer.evaluation.full(trainer.method)[0], len(train[1]), len(test[1])))
+        taken = torch.cat([batch.index for _, batch in trainer.batches.epoch(0, 0)])
+        assert len(taken) == 24 and not {4, 23} & set(taken.tolist())  # training takes the next image instead
+    assert found[0][1:] == found[1][1:] == (22, 10)
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4, abs=1e-5)
 
 
 def test_a_checkpoint_of_other_images_is_refused(
