@@ -47,7 +47,8 @@ class Config(ContraNormOptions, VariantOptions, ImageFields):
     input_size: int | None = None
     """Image side in pixels; by default the one in the model's name. The patch size must divide it."""
     drop: float = 0.0
-    """Dropout. DeiT uses none."""
+    """Dropout after the position embeddings and, in every block, after attention's projection and both layers of the
+    MLP; none before the head. This is what the flag did in the timm of DeiT's code, 0.3.2. DeiT uses none."""
     drop_path: float = 0.1
     """Stochastic depth, rising from 0 to this over the blocks. DeiT's value."""
 
@@ -103,7 +104,7 @@ class Config(ContraNormOptions, VariantOptions, ImageFields):
     """Only in use without --aa."""
     aa: str = "rand-m9-mstd0.5-inc1"
     """timm's RandAugment or AutoAugment policy; `none` for none."""
-    train_interpolation: str = "bicubic"
+    train_interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"] = "bicubic"
     """Of the random resized crop. DeiT's value."""
     eval_crop_ratio: float = 0.875
     """Evaluation resizes to input_size / this and crops the centre. DeiT's value; 1 keeps small images whole."""
@@ -118,7 +119,7 @@ class Config(ContraNormOptions, VariantOptions, ImageFields):
     cutmix: float = 1.0
     """CutMix's alpha; 0 switches it off. DeiT's value."""
     cutmix_minmax: tuple[float, float] | None = None
-    """Range of CutMix's box sides; replaces --cutmix."""
+    """Range of CutMix's box sides, as shares of the image's; replaces --cutmix."""
     mixup_prob: float = 1.0
     """Share of batches that are mixed."""
     mixup_switch_prob: float = 0.5
@@ -152,7 +153,7 @@ class Config(ContraNormOptions, VariantOptions, ImageFields):
     finetune: str | None = None
     """Start from these weights; position embeddings are interpolated to --input-size."""
     reset_head: bool = False
-    """With --finetune or --pretrained: a new head for a data set with other classes."""
+    """With --finetune or --pretrained: a new head for a data set with other classes, to be trained."""
     resume: str | None = None
     """A run folder, checkpoint folder or weights file to resume from. A run resumes in its own --output_dir without
     this flag."""
@@ -196,7 +197,8 @@ class Config(ContraNormOptions, VariantOptions, ImageFields):
                 f"--grad_checkpointing computes each block alone, but --variant {self.variant} takes the first block's "
                 "features along to later ones: drop one of the two"
             )
-        for name in ("layer_scale_init", "patch_diversity_weight"):
+        for name in ("layer_scale_init", "patch_diversity_weight", "weight_decay", "min_lr", "warmup_lr", "opt_eps",
+                     "momentum", "color_jitter", "mixup", "cutmix"):  # fmt: skip
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} must be at least 0 and finite, got {getattr(self, name)}")
         self.check_image_fields()
@@ -211,6 +213,10 @@ class Config(ContraNormOptions, VariantOptions, ImageFields):
                 raise ValueError(f"--{name} must be between 0 and 1, got {getattr(self, name)}")
         if not 0 <= self.smoothing < 1 or not 0 <= self.model_ema_decay < 1:
             raise ValueError("--smoothing and --model_ema_decay must be at least 0 and below 1")
+        if not all(0 <= beta < 1 for beta in self.opt_betas):
+            raise ValueError(f"--opt_betas must be at least 0 and below 1, got {list(self.opt_betas)}")
+        if self.cutmix_minmax is not None and not 0 <= self.cutmix_minmax[0] < self.cutmix_minmax[1] <= 1:
+            raise ValueError(f"--cutmix_minmax must rise and lie in [0, 1], got {list(self.cutmix_minmax)}")
         if self.effective_batch is not None and (self.accumulate != 1 or self.effective_batch % self.batch_size):
             raise ValueError(
                 f"--effective_batch {self.effective_batch} must be a multiple of --batch_size {self.batch_size}, and "
@@ -238,6 +244,8 @@ class Config(ContraNormOptions, VariantOptions, ImageFields):
             raise ValueError("--eval needs weights: --resume, --finetune or --pretrained")
         if self.reset_head and not (self.finetune or self.pretrained):
             raise ValueError("--reset_head needs --finetune or --pretrained")
+        if self.reset_head and self.eval:
+            raise ValueError("--eval with --reset_head would evaluate an untrained head: drop one of the two")
         if sum(map(bool, (self.resume, self.finetune, self.pretrained))) > 1:
             raise ValueError("--resume, --finetune and --pretrained are different starting points: give one")
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contranorm import ContraNorm
+from contranorm.options import ContraNormOptions
 from repro.config import load_yaml
 from repro.errors import UserError
 from repro.weights import read_weights
@@ -26,14 +27,17 @@ from ViT_imagenet.attention import NEW_PARAMETERS, apply_variant
 from ViT_imagenet.config import Config
 from ViT_imagenet.models import SUFFIX, contra_norm_sites
 
-SAME_SWITCHES = ("tau", "identity", "axis", "symmetric", "pre_norm", "learnable", "positive")  # what weights go with
+SAME_SWITCHES = (  # what weights go with
+    "tau", "identity", "scaled_identity", "axis", "symmetric", "pre_norm", "learnable", "positive",
+)  # fmt: skip
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
     """The model of the config.
 
     Raises:
-        UserError: unknown name, input size that the patch size does not divide, ContraNorm not where it should be.
+        UserError: unknown name, input size that the patch size does not divide, ContraNorm not where it should be,
+            pretrained weights of another number of classes.
     """
     name = config.model.removesuffix(SUFFIX)
     if config.norm == "vanilla" and name != config.model:
@@ -49,6 +53,10 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     patch = int(found[1]) if (found := re.search(r"patch(\d+)", name)) else 1
     if config.input_size and config.input_size % patch:
         raise UserError(f"--input-size {config.input_size} is not a multiple of the patch size {patch} of {name}")
+    if config.pretrained and not config.reset_head:  # timm would drop the head that does not fit and say nothing
+        theirs = timm.get_pretrained_cfg_value(config.model.removesuffix(SUFFIX), "num_classes")
+        if theirs is not None and theirs != num_classes:
+            raise UserError(f"--pretrained has {theirs} classes, the data {num_classes}: add --reset-head")
     try:
         model = timm.create_model(
             name,
@@ -56,7 +64,8 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
             num_classes=num_classes,
             img_size=config.input_size,
             depth=config.depth,
-            drop_rate=config.drop,
+            pos_drop_rate=config.drop,  # timm's drop_rate is now the classifier's input alone
+            proj_drop_rate=config.drop,
             drop_path_rate=config.drop_path,
             **settings,
         )
@@ -71,17 +80,17 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
 
 
 def describe_norms(model: nn.Module) -> str:
-    """One line: which norms are ContraNorm."""
+    """One line: which norms are ContraNorm, with the scale and every switch that is not at its default."""
     sites = contra_norm_sites(model)
     norms = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
     if not sites:
         return f"norms: none of {len(norms)} is ContraNorm (vanilla)"
     one = next(m for m in model.modules() if isinstance(m, ContraNorm))
     rest = [name for name in norms if name not in sites]
-    return (
-        f"norms: {len(sites)} of {len(norms)} are ContraNorm, {sites[0]} .. {sites[-1]} (scale={one.scale}, "
-        f"tau={one.tau}, identity={one.identity}, symmetric={one.symmetric}, pre_norm={one.pre_norm}, "
-        f"learnable={one.learnable})" + (f"; plain: {', '.join(rest)}" if rest else "")
+    switches = {f.name: f.default or False for f in fields(ContraNormOptions)}  # unset identity is False here
+    form = [f"{name}={getattr(one, name)}" for name, usual in switches.items() if getattr(one, name) != usual]
+    return f"norms: {len(sites)} of {len(norms)} are ContraNorm, {sites[0]} .. {sites[-1]} ({', '.join(form)})" + (
+        f"; plain: {', '.join(rest)}" if rest else ""
     )
 
 
@@ -111,17 +120,19 @@ def load_weights(model: nn.Module, path: str, *, reset_head: bool, new_steps: bo
 def check_same_model(config: Config) -> None:
     """Raise a UserError when `--resume` names a run of another model, whose keys may be the same.
 
-    Weights alone do not tell which norm they were trained with; a run folder does.
+    Weights alone do not tell which norm they were trained with; the args.yaml of their run folder does.
     """
-    written = Path(str(config.resume)) / "args.yaml"
-    if not written.exists():
+    place = Path(str(config.resume)).absolute()  # the run folder, a file in it, or RUN/checkpoints/step-N
+    written = [path for folder in (place, *place.parents[:2]) if (path := folder / "args.yaml").is_file()]
+    theirs = load_yaml(written[0]) if written else None
+    if not isinstance(theirs, dict) or "norm" not in theirs:  # timm's own training writes an args.yaml as well
         return
-    theirs = load_yaml(written)
+    defaults = {f.name: f.default for f in fields(config)}  # of what a run did not know yet
     arguments = [f.name for f in fields(config) if "variant" in f.metadata]
     for name in ("model", "depth", "norm", "last_norm", "scale", *SAME_SWITCHES, "variant", *arguments):
-        if theirs.get(name) != getattr(config, name):
+        if (value := theirs.get(name, defaults[name])) != getattr(config, name):
             raise UserError(
-                f"--resume {config.resume} was trained with {name}={theirs.get(name)!r}, not {getattr(config, name)!r}"
+                f"--resume {config.resume} was trained with {name}={value!r}, not {getattr(config, name)!r}"
             )
 
 
@@ -159,10 +170,12 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: Config, steps_per_
     return create_scheduler_v2(optimizer, **settings, updates_per_epoch=steps_per_epoch)[0]
 
 
-def build_mixup(config: Config, num_classes: int) -> Mixup | None:
-    """Mixup and CutMix from timm, or None when both are off."""
+def build_mixup(config: Config, num_classes: int, size: int) -> Mixup | None:
+    """Mixup and CutMix from timm for images of size x size pixels, or None when both are off."""
     if not config.mixes:
         return None
+    if config.cutmix_minmax and len({int(size * share) for share in config.cutmix_minmax}) == 1:
+        raise UserError(f"--cutmix_minmax {list(config.cutmix_minmax)} is less than a pixel wide, of {size}: widen it")
     return Mixup(
         mixup_alpha=config.mixup,
         cutmix_alpha=config.cutmix,

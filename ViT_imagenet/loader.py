@@ -8,12 +8,11 @@ generator state.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
+from timm.data import auto_augment, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Sampler
 from torchvision import transforms as T
@@ -78,37 +77,33 @@ class TrainBatches(Sampler[list[SampleRef]]):
                 yield [SampleRef(order[p], int(seeds[p])) for p in positions]
 
 
-def three_augment(config: Config, size: int) -> T.Compose:
-    """DeiT III's training transform (Touvron et al., ECCV 2022), PIL image to normalized (3, size, size)."""
-    bicubic = T.InterpolationMode.BICUBIC
-    if config.src:
-        crop = [T.Resize(size, bicubic), T.RandomCrop(size, padding=4, padding_mode="reflect")]
-    else:
-        crop = [T.RandomResizedCrop(size, interpolation=bicubic)]
-    blur = T.Lambda(partial(auto_augment.gaussian_blur_rand, factor=1.0))  # radius 0.1 to 2
-    one = T.RandomChoice([T.Grayscale(3), T.RandomSolarize(threshold=128, p=1.0), blur])
-    jitter = T.ColorJitter(config.color_jitter, config.color_jitter, config.color_jitter)
-    normalize = T.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    return T.Compose([*crop, T.RandomHorizontalFlip(), one, jitter, T.ToTensor(), normalize])
-
-
 def train_transform(config: Config, size: int) -> T.Compose:
-    """The training transform of timm, PIL image to normalized (3, size, size)."""
-    if config.three_augment:
-        return three_augment(config, size)
-    transform: T.Compose = create_transform(
-        input_size=size,
-        is_training=True,
-        color_jitter=config.color_jitter or None,  # None leaves the transform out
-        auto_augment=None if config.aa == "none" else config.aa,
-        interpolation=config.train_interpolation,
-        re_prob=config.reprob,
-        re_mode=config.remode,
-        re_count=config.recount,
-    )
+    """The training transform of timm, PIL image to normalized (3, size, size).
+
+    Raises:
+        UserError: timm has no such `--aa`.
+    """
+    three = config.three_augment  # DeiT III's (Touvron et al., ECCV 2022)
+    policy = "3a" if three else config.aa
+    try:
+        transform: T.Compose = create_transform(
+            input_size=size,
+            is_training=True,
+            color_jitter=config.color_jitter or None,  # None leaves the transform out
+            auto_augment=None if policy == "none" else policy,
+            interpolation="bicubic" if three else config.train_interpolation,
+            re_prob=0.0 if three else config.reprob,
+            re_mode=config.remode,
+            re_count=config.recount,
+        )
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"--aa {config.aa}: timm has no such policy ({error}); `none` for none") from error
     for part in transform.transforms:
         _keep_a_bit(part)
-    if size <= SMALL_IMAGE:  # a random resized crop would leave little of so small an image
+    if config.src:
+        whole = T.Resize(size, T.InterpolationMode.BICUBIC)
+        transform.transforms[0] = T.Compose([whole, T.RandomCrop(size, padding=4, padding_mode="reflect")])
+    elif size <= SMALL_IMAGE and not three:  # a random resized crop would leave little of so small an image
         transform.transforms[0] = T.Compose([T.Resize((size, size)), T.RandomCrop(size, padding=size // 8)])
     return transform
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from repro.config import parse_config
@@ -25,7 +26,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if config.mixed_precision == "fp16" and (config.cpu or not torch.cuda.is_available()):
         raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no")
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.cpu)
+    # Without cpu=True torchrun's processes ignore each other on CPUs.
+    cpu = config.cpu or not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
+    if accelerator.num_processes != (started := int(os.environ.get("WORLD_SIZE", "1"))):
+        raise UserError(f"started as one of {started} processes that do not find each other; use torchrun")
     main_process = accelerator.is_main_process
     run = Run(config.output_dir, "ViT_imagenet", config, main=main_process, report_to=config.report_to)
     if run.done:

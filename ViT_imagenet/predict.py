@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from repro.config import parse_config
+from repro.config import default_data_root, parse_config
 from repro.errors import UserError, run_main
 
 
@@ -23,6 +23,11 @@ class Config:
     """How many classes are printed for each, the most probable first."""
     ema: bool = False
     """Take the moving average of the weights."""
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        if self.top < 1:
+            raise ValueError(f"--top must be at least 1, got {self.top}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ViT_imagenet.loader import eval_transform
     from ViT_imagenet.models import image_side
 
-    trained = parse_config(training.Config, ["--config", str(folder / "args.yaml")], prog=str(folder / "args.yaml"))
+    settings = folder / "args.yaml"
+    elsewhere = ["--config", str(settings), "--data_root", default_data_root()]  # the run's may be gone
+    trained = parse_config(training.Config, elsewhere, prog=str(settings))
     trained = replace(trained, pretrained=False, reset_head=False)  # the weights are the run's own
     classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
     model = factory.build_model(trained, len(classes)).eval()

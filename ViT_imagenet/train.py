@@ -85,11 +85,12 @@ def prepare_evaluation(config: Config, accelerator: Accelerator) -> EvaluationSe
     """Data, and the model with the weights that it starts from; a UserError where something does not fit."""
     data = load_data(config, hold_out=config.hold_out)
     seed_everything(config.seed)
+    if config.resume:
+        factory.check_same_model(config)
     model = factory.build_model(config, len(data.classes))
     if config.finetune:
         factory.load_weights(model, config.finetune, reset_head=config.reset_head, new_steps=True)
     elif config.resume and config.eval:  # in training, `restore` takes the whole state
-        factory.check_same_model(config)
         factory.load_weights(model, config.resume, reset_head=False)
     size = image_side(model)
     batches = eval_batches(len(data.test), config.batch_size, accelerator.process_index, accelerator.num_processes)
@@ -119,7 +120,7 @@ def prepare(config: Config, accelerator: Accelerator) -> TrainingSetup:
     model, optimizer = accelerator.prepare(model, optimizer)
     return TrainingSetup(
         **{**vars(shared), "model": model}, optimizer=optimizer, scheduler=scheduler, loss=loss,
-        mixup=factory.build_mixup(config, len(data.classes)), ema=ema, batches=batches, loader=loader,
+        mixup=factory.build_mixup(config, len(data.classes), size), ema=ema, batches=batches, loader=loader,
     )  # fmt: skip
 
 
@@ -240,8 +241,8 @@ def load_training_state(setup: TrainingSetup, state: dict[str, Any], where: str)
         )
     setup.plain_model.load_state_dict(state["model"])
     setup.optimizer.load_state_dict(state["optimizer"])
-    if setup.ema is not None and state["ema"] is not None:
-        setup.ema.module.load_state_dict(state["ema"])
+    if setup.ema is not None:  # the average of a run that kept none starts from its weights
+        setup.ema.module.load_state_dict(state["model"] if state["ema"] is None else state["ema"])
     if setup.accelerator.scaler is not None and state["scaler"] is not None:
         setup.accelerator.scaler.load_state_dict(state["scaler"])
     setup.bad_images = BadImages(setup.config.on_bad_image, progress.bad_images)

@@ -10,10 +10,10 @@ import yaml
 from torch import nn
 
 from repro import tune
-from repro.config import CellLabel, parse_config
+from repro.config import CellLabel, parse_config, to_yaml
 from repro.errors import UserError
 from ViT_imagenet.config import Config
-from ViT_imagenet.factory import build_model
+from ViT_imagenet.factory import build_mixup, build_model, check_same_model, describe_norms
 
 PROG = "ViT_imagenet.main"
 
@@ -52,6 +52,19 @@ def parse(*flags: str) -> Config:
         ("--scale 0.1 --src", "--src belongs to --three_augment"),
         ("--scale 0.1 --effective-batch 100", "must be a multiple of --batch_size 64"),
         ("--scale 0.1 --effective-batch 128 --accumulate 2", "leave that out"),
+        ("--scale 0.1 --finetune a --eval --reset-head", "would evaluate an untrained head"),
+        ("--scale 0.1 --train-interpolation foo", "--train_interpolation foo: choose one of nearest, .*random"),
+        ("--scale 0.1 --color-jitter -1", "--color_jitter must be at least 0"),
+        ("--scale 0.1 --opt-betas [2,3]", r"--opt_betas must be at least 0 and below 1, got \[2.0, 3.0\]"),
+        ("--scale 0.1 --opt-eps -1", "--opt_eps must be at least 0"),
+        ("--scale 0.1 --momentum -1", "--momentum must be at least 0"),
+        ("--scale 0.1 --weight-decay -1", "--weight_decay must be at least 0"),
+        ("--scale 0.1 --warmup-lr -1", "--warmup_lr must be at least 0"),
+        ("--scale 0.1 --min-lr .nan", "--min_lr must be at least 0 and finite"),
+        ("--scale 0.1 --mixup -0.1", "--mixup must be at least 0"),
+        ("--scale 0.1 --cutmix -1", "--cutmix must be at least 0"),
+        ("--scale 0.1 --cutmix-minmax [3,1]", r"--cutmix_minmax must rise and lie in \[0, 1\]"),
+        ("--scale 0.1 --cutmix-minmax [0.5,2]", "--cutmix_minmax must rise"),
         ("--scale 0.1 --data-set MARS", "MARS"),
         ("--scale 0.1 --scael 2", "scael"),
     ],
@@ -74,6 +87,13 @@ def test_models_refused(flags: str, said: str) -> None:
         build_model(parse("--scale=0.1", *flags.split()), 10)
 
 
+def test_a_cutmix_range_without_a_whole_pixel_is_refused() -> None:
+    config = parse("--scale=0.1", "--cutmix-minmax=[0.5,0.51]")
+    assert build_mixup(config, 10, 224) is not None
+    with pytest.raises(UserError, match="less than a pixel wide, of 32"):
+        build_mixup(config, 10, 32)
+
+
 @pytest.mark.parametrize("reset", [False, True])
 def test_pretrained_weights_are_loaded_with_and_without_their_head(
     reset: bool, monkeypatch: pytest.MonkeyPatch
@@ -87,6 +107,51 @@ def test_pretrained_weights_are_loaded_with_and_without_their_head(
     model = build_model(parse("--scale=0.1", "--model=deit_micro_patch8_32", *flags), 1000)
     assert all((p == 1).all() for name, p in model.named_parameters() if not name.startswith("head"))
     assert bool((model.head.weight == 1).all()) is not reset
+
+
+def test_pretrained_weights_of_other_classes_need_a_new_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda model, **_: None)
+    flags = ["--scale=0.1", "--model=deit_micro_patch8_32", "--pretrained"]
+    with pytest.raises(UserError, match="has 1000 classes, the data 10: add --reset-head"):
+        build_model(parse(*flags), 10)
+    assert build_model(parse(*flags, "--reset_head"), 10).head.out_features == 10
+
+
+def test_dropout_is_where_deits_timm_had_it() -> None:
+    model = build_model(parse("--norm=vanilla", "--model=deit_micro_patch8_32", "--depth=1", "--drop=0.3"), 10)
+    dropped = [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p == 0.3]
+    assert dropped == ["pos_drop", "blocks.0.attn.proj_drop", "blocks.0.mlp.drop1", "blocks.0.mlp.drop2"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "form"),
+    [
+        ("", "(scale=0.1)"),
+        ("--axis=features", "(scale=0.1, axis=features)"),
+        ("--scaled_identity --tau=0.5", "(scale=0.1, tau=0.5, scaled_identity=True)"),
+    ],
+)
+def test_the_form_of_the_step_is_told(flags: str, form: str) -> None:
+    model = build_model(parse("--scale=0.1", "--model=deit_micro_patch8_32", "--depth=1", *flags.split()), 10)
+    assert describe_norms(model) == f"norms: 3 of 3 are ContraNorm, blocks.0.norm1 .. norm {form}"
+
+
+@pytest.mark.parametrize("place", [".", "model.safetensors", "checkpoints/step-0000000002"])
+def test_another_model_is_not_resumed(place: str, tmp_path: Path) -> None:
+    resume = f"--resume={tmp_path / place}"
+    written = tmp_path / "args.yaml"
+    written.write_text(to_yaml(parse("--norm=vanilla")))
+    check_same_model(parse("--norm=vanilla", resume))
+    with pytest.raises(UserError, match="trained with norm='vanilla', not 'contra'"):
+        check_same_model(parse("--scale=0.1", resume))
+    settings = yaml.safe_load(to_yaml(parse("--scale=0.1")))
+    del settings["scaled_identity"]  # from before this switch
+    written.write_text(yaml.safe_dump(settings))
+    check_same_model(parse("--scale=0.1", resume))
+    with pytest.raises(UserError, match="trained with scaled_identity=False, not True"):
+        check_same_model(parse("--scale=0.1", "--scaled_identity", resume))
+    written.write_text("model: deit_tiny_patch16_224\n")  # of timm's own training script
+    check_same_model(parse("--scale=0.1", resume))
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones() -> None:

@@ -116,6 +116,12 @@ def test_the_recipes_strongest_posterize_is_one_bit() -> None:
     assert grey.getpixel((0, 0)) == (128, 0, 0)
 
 
+@pytest.mark.parametrize("aa", ["foo", "rand-m9-foo1", "rand-m9.5"])
+def test_a_policy_that_timm_does_not_have_is_told(aa: str) -> None:
+    with pytest.raises(UserError, match=f"--aa {aa}: timm has no such policy"):
+        train_transform(config(aa=aa), 32)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_images(make_parquet: Callable[..., Path], workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     settings = config(data_path=str(make_parquet(bad=(2, 3))), data_set="CIFAR10", num_workers=workers)

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -18,6 +21,7 @@ from repro.errors import Interrupted, UserError, run_main
 from repro.images.data import load_data
 from repro.report.figures import main as figures
 from repro.run.run import Run
+from repro.weights import read_state
 from tests.image_sets import picture
 from ViT_imagenet.config import Config
 from ViT_imagenet.main import main
@@ -150,6 +154,7 @@ def test_two_processes_count_every_image_once_and_step_like_one(
     # SGD shows the gradients as they are.
     flags = [
         *quick,
+        "--cpu" if torch.accelerator.is_available() else "--no_cpu",  # without a GPU the flag must not be needed
         f"--data_path={folder}",
         "--epochs=1",
         "--drop_path=0",
@@ -172,6 +177,18 @@ def test_two_processes_count_every_image_once_and_step_like_one(
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=0, atol=1e-5)
+
+
+def test_processes_that_do_not_find_each_other_are_told(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, object] = {}
+    alone = SimpleNamespace(num_processes=1)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **settings: asked.update(settings) or alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one of 2 processes that do not find each other"):
+        main([*flags, "--no_cpu", f"--output_dir={tmp_path / 'a'}"])
+    assert asked["cpu"] is not torch.accelerator.is_available()
 
 
 def test_bad_images_end_the_run_or_are_counted(
@@ -264,6 +281,31 @@ def test_resume_goes_on_from_another_folders_checkpoint(
         main([*command, f"--resume={undisturbed}", f"--output_dir={tmp_path / 'third'}"])
 
 
+def test_another_model_is_not_resumed_and_a_new_average_starts_from_the_weights(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Run.checkpoint
+
+    def die(self: Run, step: int, state: object) -> None:
+        real(self, step, state)
+        raise KeyboardInterrupt
+
+    first = tmp_path / "first"
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "checkpoint", die)
+        with pytest.raises(KeyboardInterrupt):
+            main([*flags, "--no_model_ema", f"--output_dir={first}"])
+    (checkpoint,) = (first / "checkpoints").glob("step-*")
+    with pytest.raises(UserError, match="trained with scale=0.1, not 0.2"):
+        main([*flags, "--scale=0.2", f"--resume={checkpoint}", f"--output_dir={tmp_path / 'other'}"])
+    assert not (tmp_path / "other").exists()
+    more = [f"--resume={checkpoint}", "--model_ema_decay=0.999999", f"--output_dir={tmp_path / 'second'}"]
+    main([*flags, *more])
+    before, average = read_state(str(first))["model"], load_file(tmp_path / "second" / "model_ema.safetensors")
+    for name in average:
+        torch.testing.assert_close(average[name], before[name], rtol=0, atol=1e-6)
+
+
 def test_a_diverged_run_is_told(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ViT_imagenet import train
 
@@ -339,6 +381,14 @@ def test_predict_names_the_class_of_an_image(
     for wrong, said in (("text.png", "text.png"), ("gone.png", "gone.png")):
         with pytest.raises(UserError, match=f"{said} .*not readable as an image"):
             predict(["--model", str(undisturbed), "--image", str(tmp_path / wrong)])
+    moved = tmp_path / "moved"  # to a machine without the images that it was trained on
+    shutil.copytree(undisturbed, moved)
+    settings = (moved / "args.yaml").read_text()
+    (moved / "args.yaml").write_text(re.sub("(?m)^data_root: .*", "data_root: /gone", settings))
+    predict(["--model", str(moved), "--image", files[0], "--top=1"])
+    assert capsys.readouterr().out.startswith("c0")
+    with pytest.raises(UserError, match="--top must be at least 1, got 0"):
+        predict(["--model", str(undisturbed), "--image", files[0], "--top=0"])
     with pytest.raises(UserError, match=r"no model.safetensors there"):
         predict(["--model", str(tmp_path), "--image", files[0]])
 
