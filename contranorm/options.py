@@ -104,7 +104,8 @@ class ContraNormOptions:
     """How it is computed: auto chooses an exact kernel by shape; linear approximates in time linear in N."""
 
     degree: int = 2
-    """Degree of linear's polynomial, 1 or 2: 1 is the faster, 2 the more exact."""
+    """Degree of linear's polynomial, 1 or 2: 1 is the faster. Where its error bound is above 10 %, 2 is taken in its
+    place, and the exact form where that does not hold either."""
 
     def switches(self) -> dict[str, Any]:
         """Every switch but the scale, by name. An unset `identity` is None: the experiment decides what that means."""

@@ -144,6 +144,8 @@ class Config(ContraNormOptions, RunConfig):
         for name in ("dropout", "dropedge"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be 0 to {2**32 - 1}, got {self.seed}")
         if not self.lr > 0 or not self.wd >= 0:
             raise ValueError(f"--lr must be > 0 and --wd >= 0, got {self.lr} and {self.wd}")
         self._check_rivals()
@@ -187,9 +189,15 @@ class Config(ContraNormOptions, RunConfig):
         if self.residual and (self.connection or self.model in ("SGC", "GCNII", "G2")):
             reason = f"beside --connection {self.connection}" if self.connection else f"{self.model} has no such skips"
             raise ValueError(f"--residual: {reason}; leave it at 0")
+        if self.residual and self.nlayer < self.residual + 2:
+            raise ValueError(f"--residual {self.residual} skips hidden layers: it needs --nlayer {self.residual + 2}")
 
     def _check_norm(self) -> None:
         """No flag is read and then ignored: a scale or switch without a norm that uses it is refused."""
+        norm = f"--norm_mode {self.norm_mode}" if self.norm_mode != "None" else "--use_layer_norm" * self.use_layer_norm
+        least = 3 if self.norm_mode == "MessageNorm" else 2  # which stands between hidden layers
+        if norm and self.nlayer < least and self.model in ("DeepGCN", "DeepGAT", "GIN"):  # their last layer has none
+            raise ValueError(f"{norm} stands on hidden layers: --nlayer must be at least {least}")
         if self.norm_mode == "CN":
             if self.scale is None:
                 raise ValueError("--norm_mode CN needs --scale: a default of 0 would be no ContraNorm at all")
@@ -228,7 +236,10 @@ class Config(ContraNormOptions, RunConfig):
         if self.norm_mode == "None":
             return []
         if self.norm_mode == "CN":
-            name, knob = self.step_name("" if self.identity else "Eq. 6").rsplit(" ", 1)
+            unusual = {f"tau={self.tau:g}": self.tau != 1, "symmetric": self.symmetric, "pre-norm": self.pre_norm,
+                       "learnable": self.learnable}  # fmt: skip
+            forms = ["Eq. 6"] * (not self.identity) + [form for form, given in unusual.items() if given]
+            name, knob = self.step_name(", ".join(forms)).rsplit(" ", 1)
             return [(name, knob)]
         if self.norm_mode == "DiffGroupNorm":
             return [("DGN", f"lambda={self.scale:g}")]

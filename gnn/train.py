@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def train(setup: TrainingSetup, run: Run) -> None:
         **(collapse_by_layer(model, setup, csv=run.folder / "probe.csv") if config.probe else {}),
         **{f"{name}_untrained": values for name, values in untrained.items()},
     )
-    accuracy = record["metrics"]["test_accuracy"]
+    accuracy = float(record["metrics"]["test_accuracy"])
     print(f"test accuracy {accuracy:.4f} ({config.protocol} protocol), {run.folder / 'record.json'}")
 
 
@@ -141,11 +142,14 @@ def choose_device(name: str) -> torch.device:
 
 @torch.inference_mode()
 def accuracies(model: nn.Module, setup: TrainingSetup) -> dict[str, float]:
-    """Fractions of right answers on the test and validation nodes."""
+    """Fractions of right answers on the test and validation nodes; NaN where training has diverged."""
     model.eval()
     graph = setup.graph
-    right = model(setup.features, setup.adjacency).argmax(dim=1).cpu() == graph.y  # (N,)
+    logits = model(setup.features, setup.adjacency).cpu()  # (N, classes)
     nodes = {"test_accuracy": graph.test_nodes(setup.config.protocol), "validation_accuracy": graph.validation}
+    if not logits.isfinite().all():  # argmax would answer with a class all the same
+        return dict.fromkeys(nodes, math.nan)
+    right = logits.argmax(dim=1) == graph.y  # (N,)
     return {name: right[mask].double().mean().item() for name, mask in nodes.items()}
 
 

@@ -53,7 +53,7 @@ def courses(records: str, mode: str) -> dict[Key, list[dict[str, Any]]]:
     """Data set, method and depth → the activity of each of its runs.
 
     Raises:
-        UserError: no such run has any.
+        UserError: no such run has any, or those of one cell have different lengths.
     """
     found: dict[Key, list[dict[str, Any]]] = defaultdict(list)
     for _, record in iterate_records([records]):
@@ -62,6 +62,9 @@ def courses(records: str, mode: str) -> dict[Key, list[dict[str, Any]]]:
             found[cell["data"], cell["method"], cell["depth"]].append(record["activity_history"])
     if not found:
         raise UserError(f"{records}: no {mode} with D-ContraNorm there")
+    for (data, method, depth), runs in found.items():
+        if any(run["epoch"] != runs[0]["epoch"] for run in runs):
+            raise UserError(f"{data}, {method}, {depth} layers: runs of different length: name fewer records")
     return dict(sorted(found.items()))
 
 
@@ -72,8 +75,6 @@ def draw(found: dict[Key, list[dict[str, Any]]]) -> plt.Figure:
     figure, axes = plt.subplots(len(rows), 2, figsize=(10, 3.2 * len(rows)), squeeze=False, layout="constrained")
     for (data, method, depth), runs in found.items():
         epochs = runs[0]["epoch"]
-        if any(run["epoch"] != epochs for run in runs):
-            raise UserError(f"{data}, {method}, {depth} layers: runs of different length: name fewer records")
         for panel, (name, text) in zip(axes[rows.index((data, depth))], PANELS.items(), strict=True):
             mean = np.mean([run[name] for run in runs], axis=0)  # (epochs, layers)
             for layer, values in enumerate(mean.T):

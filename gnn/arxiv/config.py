@@ -104,6 +104,9 @@ class Config(ContraNormOptions, RunConfig):
     axis: Axis = "features"
     """features: D-ContraNorm, as published. tokens: the nodes, neighbours left out of the softmax."""
 
+    implementation: Literal["auto", "plain", "blocked", "linear"] = "auto"
+    """How ContraNorm over the nodes is computed; fused and sdpa cannot leave neighbours out."""
+
     pre_norm: bool = field(default=False, metadata={"aliases": ("dcn_use_norm",)})
     """Rows of unit length in place of x everywhere."""
 
@@ -132,6 +135,8 @@ class Config(ContraNormOptions, RunConfig):
         ]:  # fmt: skip
             if getattr(self, name) < low:
                 raise ValueError(f"--{name} must be at least {low}, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be 0 to {2**32 - 1}, got {self.seed}")
         for name in ("dropout", "input_drop", "edge_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be in [0, 1), got {getattr(self, name)}")
@@ -160,7 +165,7 @@ class Config(ContraNormOptions, RunConfig):
             return
         if self.scale is None or not self.scale > 0:
             raise ValueError("--norm ContraNorm needs --scale > 0 (published: 1)")
-        for name in ("learnable", "positive"):
+        for name in ("learnable", "positive", "scaled_identity"):
             if name in changed:
                 raise ValueError(f"--{name} is not offered here: leave it out")
         if self.axis == "features":

@@ -45,7 +45,7 @@ def load_teacher(config: Config, nodes: int, classes: int) -> Teacher:
     """The teacher of `config`, of N nodes and C classes.
 
     Raises:
-        UserError: no finished teacher there, of other data or another seed, or a changed file.
+        UserError: no finished teacher there, of other data or features or another seed, or a changed file.
     """
     folder = Path(config.teacher or "")
     where = f"--teacher {folder}"
@@ -60,7 +60,7 @@ def load_teacher(config: Config, nodes: int, classes: int) -> Teacher:
         raise UserError(f"{where}: its record.json is not that of a teacher of this experiment ({error!r})") from error
     if known["mode"] != "teacher":
         raise UserError(f"{where}: a {known['mode']}, not a teacher")
-    for name in ("data", "seed"):
+    for name in ("data", "seed", "features"):
         if known[name] != getattr(config, name):
             raise UserError(f"{where}: trained with --{name} {known[name]}, this run has {getattr(config, name)}")
     sha256 = hashlib.sha256(content).hexdigest()

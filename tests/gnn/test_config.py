@@ -108,6 +108,12 @@ def test_defaults_are_table_3() -> None:
         ("--connection dense", "--connection dense: choose one of residual, initial"),
         ("--connection initial --nlayer 1", "--connection initial joins hidden layers: --nlayer must be at least 2"),
         ("--connection initial --residual 1", "--residual: beside --connection initial; leave it at 0"),
+        ("--nlayer 1 --norm_mode CN --scale 1", "--norm_mode CN stands on hidden layers: --nlayer must be at least 2"),
+        ("--nlayer 1 --use_layer_norm", "--use_layer_norm stands on hidden layers"),
+        ("--nlayer 2 --norm_mode MessageNorm", "--norm_mode MessageNorm stands .*: --nlayer must be at least 3"),
+        ("--nlayer 2 --residual 1", "--residual 1 skips hidden layers: it needs --nlayer 3"),
+        ("--seed -1", "--seed must be 0 to 4294967295, got -1"),
+        ("--seed 99999999999999999999", "--seed must be 0 to 4294967295"),
         ("--data_root /nowhere/at/all", "--data_root /nowhere/at/all: no such folder"),
     ],
 )
@@ -151,6 +157,8 @@ def test_what_is_unset_becomes_the_released_form() -> None:
     [
         ("", "vanilla", "vanilla", (0, 0, 0, 0), None),
         ("--use_layer_norm", "vanilla + LayerNorm", "", (0, 0, 0, 1), None),
+        ("--norm_mode CN --scale 1 --tau 0.5 --pre_norm", "ContraNorm (tau=0.5, pre-norm) s=1",
+         "ContraNorm (tau=0.5, pre-norm)", (10, 0, 1, 0), 1),
         ("--norm_mode LN", "LN", "", (1, 0, 0, 0), None),
         ("--norm_mode PN", "PN", "", (2, 0, 1, 0), 1.0),
         ("--norm_mode PN-SI --scale 5 --use_layer_norm", "PN-SI s=5 + LayerNorm", "PN-SI + LayerNorm", (3, 0, 5, 1), 5),

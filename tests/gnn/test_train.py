@@ -36,6 +36,12 @@ def lines(folder: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_diverged_run_has_no_accuracy(config: Make, record: Read, tmp_path: Path) -> None:
+    """Argmax answers with a class even where all is NaN; repro.tune takes such a run last."""
+    train_cell(config(output_dir=str(tmp_path / "run"), nlayer=4, epochs=3, lr=1e30))
+    assert set(record(tmp_path / "run")["metrics"].values()) == {"nan"}
+
+
 # -- every combination -------------------------------------------------------------------------------------------------
 
 
@@ -44,7 +50,7 @@ def test_one_epoch_of_every_norm(model: str, config: Make, record: Read, tmp_pat
     for norm in get_args(NormName):
         scale = 1.0 if norm == "CN" else None
         folder = tmp_path / norm
-        train_cell(config(output_dir=str(folder), model=model, norm_mode=norm, scale=scale, epochs=1))
+        train_cell(config(output_dir=str(folder), model=model, norm_mode=norm, scale=scale, epochs=1, nlayer=3))
         found = record(folder)
         assert 0 <= found["metrics"]["test_accuracy"] <= 1
         assert found["nodes"] == {"train": 20, "validation": 15, "test": 25}

@@ -253,6 +253,15 @@ def test_a_teacher_of_other_data_or_another_seed(
     assert not Path(config().output_dir).exists()
 
 
+def test_a_teacher_of_other_features(config: Make, teacher: str) -> None:
+    """GIANT's student is named after its own features, and set beside published numbers."""
+    path = Path(teacher) / "record.json"
+    found = record(teacher)
+    path.write_text(json.dumps({**found, "config": {**found["config"], "features": "giant"}}))
+    with pytest.raises(UserError, match="trained with --features giant, this run has raw"):
+        train_cell(config(mode="student", teacher=teacher))
+
+
 def test_teachers_that_are_none(config: Make, teacher: str, tmp_path: Path) -> None:
     def refuse(folder: str, message: str) -> None:
         with pytest.raises(UserError, match=message) as caught:
@@ -297,6 +306,9 @@ def test_activity_over_training_is_drawn_and_listed(
     assert "at initialization" in header and len(rows) == len(moves[0]["relative_move"][0])
     first = sum(move["relative_move"][0][0] for move in moves) / 2
     assert rows[0].split("|")[5:7] == [" 2    ", f" {first:.1g}".ljust(len(header.split("|")[6]))]
+    train_cell(config(**DCN, output_dir=str(tmp_path / "runs" / "2"), seed=2, n_epochs=3))
+    with pytest.raises(UserError, match="runs of different length"):
+        activity.main(["--records", str(tmp_path / "runs")])
     with pytest.raises(UserError, match="no student with D-ContraNorm"):
         activity.main(["--records", str(tmp_path / "runs"), "--output", str(output), "--mode", "student"])
 
