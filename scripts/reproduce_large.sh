@@ -10,7 +10,7 @@ source scripts/python.sh
 source scripts/records.sh
 export DATASETS="${DATASETS:-dblp coauthor_cs}" DEPTHS="${DEPTHS:-2 4 8 16 32}" DEGREE=1 FORMS=identity
 export RESULTS="${RESULTS:-results/large/runs}" SCALES="${SCALES:-1.0}"
-export RECORDS="${RECORDS-$(committed results/large)}"
+export RECORDS="${RECORDS-$(committed results/large results/benchmarks)}"
 
 status=0
 NORMS="None CN" IMPLEMENTATION=linear SEEDS="${SEEDS:-0 1 2}" ran bash gnn/run_different_baselines.sh "$@"

@@ -234,6 +234,8 @@ def test_large_graphs_exact_and_linear(hear: Hear, root: Path, monkeypatch: pyte
     assert (accuracy.output, accuracy.where, accuracy.show) == ("/r/large.md", {"epochs": 200}, "table")
     assert (costs.output, costs.where, costs.show) == ("/r/large_costs.md", {"epochs": 3}, "costs")
     assert len(hear("scripts/reproduce_large.sh", "--dry-run", RECORDS="")[0]) == 2
+    calls, _ = hear("scripts/reproduce_large.sh", "--dry-run")  # the committed records, of both parts
+    assert all("[results/large/records.jsonl,results/benchmarks/large.jsonl]" in call for call in calls)
 
 
 def test_collapse_measures_every_cell(hear: Hear, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
