@@ -390,7 +390,7 @@ def test_the_quickstart_is_six_norms_by_four_depths_by_two_seeds(
     table, depth, collapse = parse_report_calls(calls[1:])
     assert (table.rows, table.columns, table.metric) == ("method", "depth", "test_accuracy")
     assert (depth.kind, depth.output) == ("depth", f"out/quickstart/{data}/depth.png")
-    assert (collapse.kind, collapse.where) == ("collapse", {"epochs": "100", "depth": "16"})
+    assert (collapse.kind, collapse.where) == ("collapse", {"epochs": 100, "depth": 16})
 
 
 def test_the_quickstarts_cells_are_those_of_the_committed_records(
