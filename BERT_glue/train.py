@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from contranorm import attention_similarity
 from contranorm.collapse import METRICS, singular_spectrum
 from repro.cost import multiply_adds
 from repro.errors import UserError
+from repro.parallel import check_processes
 from repro.run.run import Run
 from repro.seeding import rng_state, seed_everything, set_rng_state
 
@@ -83,8 +83,7 @@ def make_accelerator(config: Config) -> Accelerator:
         )
     except ValueError as error:
         raise UserError(f"--mixed_precision {config.mixed_precision}: {error}") from error
-    if accelerator.num_processes != (started := int(os.environ.get("WORLD_SIZE", "1"))):
-        raise UserError(f"started as one of {started} processes that do not find each other; use torchrun")
+    check_processes(accelerator.num_processes)
     accelerator.gradient_accumulation_steps = config.accumulation(accelerator.num_processes)
     return accelerator
 

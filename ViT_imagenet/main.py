@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from repro.config import parse_config
@@ -21,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
     from accelerate import Accelerator
 
+    from repro.parallel import check_processes
     from repro.run.run import Run
     from ViT_imagenet.train import evaluate_only, prepare, prepare_evaluation, train
 
@@ -29,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Without cpu=True torchrun's processes ignore each other on CPUs.
     cpu = config.cpu or not torch.accelerator.is_available()
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
-    if accelerator.num_processes != (started := int(os.environ.get("WORLD_SIZE", "1"))):
-        raise UserError(f"started as one of {started} processes that do not find each other; use torchrun")
+    check_processes(accelerator.num_processes)
     main_process = accelerator.is_main_process
     run = Run(config.output_dir, "ViT_imagenet", config, main=main_process, report_to=config.report_to)
     if run.done:

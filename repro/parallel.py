@@ -8,12 +8,25 @@ are deprecated, and accelerate's `gather` carries no gradient.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from repro.errors import UserError
+
+
+def check_processes(found: int) -> None:
+    """Refuse a process that torchrun has started beside others, where it has `found` another number of them.
+
+    Raises:
+        UserError: each would take itself for the only one.
+    """
+    if found != (started := int(os.environ.get("WORLD_SIZE", "1"))):
+        raise UserError(f"started as one of {started} processes that do not find each other; use torchrun")
 
 
 def world_size() -> int:

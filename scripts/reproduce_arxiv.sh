@@ -9,6 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
+source scripts/records.sh
 
 DATA="${DATA:-ogbn-arxiv}"
 case "$DATA" in ogbn-arxiv) arms="none dcn" ;; *) arms="none dcn dcn-scaled" ;; esac
@@ -61,9 +62,7 @@ estimate() {
 for arm in $ARMS; do norm_of "$arm" >/dev/null; done # an unknown one ends the script
 status=0
 for mode in $MODES; do # all teachers first
-    lines "$mode" |
-        "$PYTHON" -m repro.sweep --results "$RESULTS" --jobs "$JOBS" --cluster "${CLUSTER:-local}" "$@" || status=$?
-    if [ "$status" -gt 1 ]; then exit "$status"; fi # 1: some cells failed, and the rest make a table
+    ran "$PYTHON" -m repro.sweep --results "$RESULTS" --jobs "$JOBS" --cluster "${CLUSTER:-local}" "$@" <<<"$(lines "$mode")"
 done
 for argument in "$@"; do
     case "$argument" in

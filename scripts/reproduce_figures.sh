@@ -6,7 +6,7 @@
 #                     where probed, collapse per layer and spectrum
 #   GLUE runs         where probed, the same for each task, ContraNorm at its best scale
 #   self-supervised   for each file of records: spectra, learning curves, likelihood by prefix where there are tokens
-# The figures are written beside the records, as SVG and PNG. results/flags holds single cells and results/*_exact one
+# The figures are written beside the records, as SVG and PNG. results/flags holds single cells and results/table3_exact one
 # method, which are not drawn. `python -m repro.report.check` tells whether they are up to date.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,7 +24,7 @@ probed() { for kind in collapse spectrum; do draw --kind "$kind" "$@" --output "
 drawn=0
 for folder in "$RESULTS"/*/; do
     folder="${folder%/}"
-    case "${folder##*/}" in flags | *_exact) continue ;; esac
+    case "${folder##*/}" in flags | table3_exact) continue ;; esac
     if [ "${folder##*/}" = rivals ]; then # settings differ from cell to cell
         draw --each data --x depth --label family --output "$folder/depth"
         drawn=1

@@ -31,23 +31,24 @@ def rows_of(frame: pd.DataFrame) -> list[dict[Any, Any]]:
 
 
 def select_runs(frame: pd.DataFrame, where: dict[str, Any]) -> pd.DataFrame:
-    """The runs whose fields have these values (numbers as numbers: 1 is 1.0); a UserError where that leaves none."""
-
-    def has(value: Any, wanted: Any) -> bool:
-        if isinstance(value, numbers.Real) and not isinstance(value, bool):
-            try:
-                return float(value) == float(wanted)
-            except (TypeError, ValueError):
-                return False
-        return str(value) == str(wanted)
-
+    """The runs whose fields have these values; a UserError where that leaves none."""
     for name, wanted in where.items():
         if name not in frame:
             raise no_field(f"--where {name}", frame)
-        frame = frame[[has(value, wanted) for value in frame[name]]]
+        frame = frame[[is_value(value, wanted) for value in frame[name]]]
     if frame.empty:
         raise UserError("no record is left after --where")
     return frame
+
+
+def is_value(value: Any, wanted: Any) -> bool:
+    """Whether a field has the value that a flag or a file names: numbers as numbers (1 is 1.0), all else as text."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            return float(value) == float(wanted)
+        except (TypeError, ValueError):
+            return False
+    return str(value) == str(wanted)
 
 
 def select_best(frame: pd.DataFrame, keys: list[str], best: str, by: str) -> pd.DataFrame:

@@ -158,14 +158,14 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     import pandas as pd
 
-    from repro.report.cells import show, text_of
+    from repro.report.cells import is_value, show, text_of
     from repro.report.tables import markdown_table
 
     config = parse_config(Config, argv, prog="python -m repro.report.published", description=__doc__ or "")
     rows, sources = [], dict[tuple[str, str], None]()
     for entry in load_entries():
         row = {**entry.match, "method": entry.match["method"][0], "metric": entry.metric, "kind": entry.kind}
-        if all(str(row.get(name)) == str(value) for name, value in config.where.items()):
+        if all(is_value(row.get(name), value) for name, value in config.where.items()):
             rows.append(row | {"%": show(entry.mean, entry.std, entry.n)})
             sources[entry.kind, entry.source] = None
     if not rows:

@@ -23,6 +23,7 @@ from repro.report.cells import (
     comparison,
     fields_of,
     in_order,
+    is_value,
     metrics_of,
     notes_on,
     rows_of,
@@ -439,11 +440,11 @@ def _agreement(
     return "\n".join(parts)
 
 
-def _concerns(entry: Entry, name: str, value: str, rows: set[Any]) -> bool:
+def _concerns(entry: Entry, name: str, value: Any, rows: set[Any]) -> bool:
     """Whether a published number may be of runs chosen by `--where name=value`, whose methods are `rows`."""
     if name in ("method", "family"):
         return bool(rows & set(entry.match["method"]))
-    return str(entry.match.get(name, value)) == str(value)
+    return name not in entry.match or is_value(entry.match[name], value)
 
 
 def main(argv: list[str] | None = None) -> None:

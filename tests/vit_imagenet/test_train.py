@@ -260,21 +260,30 @@ def test_distillation(kind: str, flags: list[str], tmp_path: Path) -> None:
     assert record(tmp_path / "c")["metrics"]["test_images"] == 11
 
 
-def test_resume_goes_on_from_another_folders_checkpoint(
-    undisturbed: Path, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = [*flags, "--checkpoint_every=2"]
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A run that ends as soon as it has saved the checkpoint of a step, or the first one."""
     real = Run.checkpoint
 
-    def die(self: Run, step: int, state: object) -> None:
-        real(self, step, state)
-        if step == 4:
-            raise KeyboardInterrupt
+    def run(arguments: list[str], at: int | None = None) -> None:
+        def die(self: Run, step: int, state: object) -> None:
+            real(self, step, state)
+            if at in (None, step):
+                raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "checkpoint", die)
-        with pytest.raises(KeyboardInterrupt):
-            main([*command, f"--output_dir={tmp_path / 'first'}"])
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "checkpoint", die)
+            with pytest.raises(KeyboardInterrupt):
+                main(arguments)
+
+    return run
+
+
+def test_resume_goes_on_from_another_folders_checkpoint(
+    undisturbed: Path, flags: list[str], tmp_path: Path, interrupted: Callable[..., None]
+) -> None:
+    command = [*flags, "--checkpoint_every=2"]
+    interrupted([*command, f"--output_dir={tmp_path / 'first'}"], at=4)
     main([*command, f"--resume={tmp_path / 'first'}", f"--output_dir={tmp_path / 'second'}"])
     assert same_weights(undisturbed, tmp_path / "second")
     with pytest.raises(UserError, match="no checkpoint to resume from"):
@@ -282,19 +291,10 @@ def test_resume_goes_on_from_another_folders_checkpoint(
 
 
 def test_another_model_is_not_resumed_and_a_new_average_starts_from_the_weights(
-    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: list[str], tmp_path: Path, interrupted: Callable[..., None]
 ) -> None:
-    real = Run.checkpoint
-
-    def die(self: Run, step: int, state: object) -> None:
-        real(self, step, state)
-        raise KeyboardInterrupt
-
     first = tmp_path / "first"
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "checkpoint", die)
-        with pytest.raises(KeyboardInterrupt):
-            main([*flags, "--no_model_ema", f"--output_dir={first}"])
+    interrupted([*flags, "--no_model_ema", f"--output_dir={first}"])
     (checkpoint,) = (first / "checkpoints").glob("step-*")
     with pytest.raises(UserError, match="trained with scale=0.1, not 0.2"):
         main([*flags, "--scale=0.2", f"--resume={checkpoint}", f"--output_dir={tmp_path / 'other'}"])
@@ -337,18 +337,9 @@ def test_bad_input_is_one_line_exit_code_2_and_no_folder(
 
 
 def test_a_checkpoint_in_mid_epoch_needs_the_same_steps(
-    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: list[str], tmp_path: Path, interrupted: Callable[..., None]
 ) -> None:
-    real = Run.checkpoint
-
-    def die(self: Run, step: int, state: object) -> None:
-        real(self, step, state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "checkpoint", die)
-        with pytest.raises(KeyboardInterrupt):
-            main([*flags, "--checkpoint_every=2", f"--output_dir={tmp_path / 'first'}"])
+    interrupted([*flags, "--checkpoint_every=2", f"--output_dir={tmp_path / 'first'}"])
     with pytest.raises(UserError, match="step 2 of 6 of an epoch, which has 3 steps here"):
         main([*flags, "--accumulate=2", f"--resume={tmp_path / 'first'}", f"--output_dir={tmp_path / 'second'}"])
 
