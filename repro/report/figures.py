@@ -450,7 +450,7 @@ def write(figure: Figure, path: Path, command: str) -> list[Path]:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once for all files, not at each of two passes of each
+    figure.set_layout_engine(None)  # laid out once for all files: with an engine, each file is drawn twice
     paths = [path] if path.suffix else [path.with_name(path.name + ending) for ending in (".svg", ".png")]
     for file in paths:
         with matplotlib.rc_context({"svg.hashsalt": "contranorm", "svg.fonttype": "none"}):
