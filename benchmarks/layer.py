@@ -173,7 +173,7 @@ def compare_sizes(implementation: str, piece: str, shapes: tuple[str, ...], size
     rows = []
     for name in shapes:
         x, exclude = inputs(SHAPES[name])
-        run = step(x, torch.randn(x.shape), exclude, implementation=implementation)
+        run = step(x, torch.randn_like(x), exclude, implementation=implementation)
         constant = f"contranorm.kernels.{implementation}.{piece}"
         times = alternate_ms({str(size): mock.patch(constant, size)(run) for size in sizes}, rounds=9)
         rows += [{"shape": name, piece.lower(): int(size), "ms": ms} for size, ms in times.items()]
@@ -182,8 +182,8 @@ def compare_sizes(implementation: str, piece: str, shapes: tuple[str, ...], size
 
 def compare_approximations(rounds: int) -> Rows:
     """Every way to a contrast term in linear time: forward and backward, and the error against the exact one."""
-    x = torch.randn(COMPARED, generator=torch.Generator().manual_seed(0)).relu().requires_grad_()
-    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(COMPARED, generator=torch.Generator().manual_seed(0)).relu().to(DEVICE).requires_grad_()
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     form = functools.partial(contra_norm, scale=1.0, identity=True)
     exact = functools.partial(form, implementation="blocked")
     ways: dict[str, Callable[[Tensor], Tensor]] = {
@@ -214,7 +214,7 @@ def find_crossover() -> Rows:
         for form, other in (("set", "fused"), ("graph", "plain")):
             x, graph = inputs(Shape((n, 32), 6 * n))
             exclude = graph if form == "graph" else None
-            steps = [step(x, torch.randn(n, 32), exclude, implementation=i) for i in (other, "blocked")]
+            steps = [step(x, torch.randn_like(x), exclude, implementation=i) for i in (other, "blocked")]
             times = alternate_ms({"other ms": steps[0], "blocked ms": steps[1]}, rounds=25)
             faster = times["other ms"] / times["blocked ms"]
             rows.append({"form": form, "N": n, "other": other, **times, "times other": faster})
@@ -237,8 +237,10 @@ def measure_growth() -> tuple[Rows, Rows]:
     """Linear form as N grows tenfold."""
     rows = []
     for n in (20000, 50000, 100000, 200000):
-        (x, graph), upstream = inputs(Shape((n, 32), 7 * n)), torch.randn(n, 32)
-        runs = {f"degree {p} ms": step(x, upstream, graph, implementation="linear", degree=p) for p in (1, 2)}
+        x, graph = inputs(Shape((n, 32), 7 * n))
+        runs = {
+            f"degree {p} ms": step(x, torch.randn_like(x), graph, implementation="linear", degree=p) for p in (1, 2)
+        }
         rows.append({"N": n} | alternate_ms(runs))
     ratios = {p: rows[-1][f"degree {p} ms"] / rows[0][f"degree {p} ms"] for p in (1, 2)}
     name = "linear, degree {}: time at N = 200,000 over time at 20,000"

@@ -198,8 +198,8 @@ def memory(config: Config) -> Iterator[Rows]:
         ("NT-Xent", "2 x 256 rows"): lambda: contrast(256),
         ("NT-Xent", "2 x 1,024 rows"): lambda: contrast(1024),
         ("filter online", "256 x 2048"): lambda: online(256, 2048),
-        ("bank", f"{BANK_ROWS:,} x 2048, float32"): lambda: IndexBank(BANK_ROWS, 2048),
-        ("bank", f"{BANK_ROWS:,} x 512, bfloat16"): lambda: IndexBank(BANK_ROWS, 512, torch.bfloat16),
+        ("bank", f"{BANK_ROWS:,} x 2048, float32"): lambda: IndexBank(BANK_ROWS, 2048).to(DEVICE),
+        ("bank", f"{BANK_ROWS:,} x 512, bfloat16"): lambda: IndexBank(BANK_ROWS, 512, torch.bfloat16).to(DEVICE),
     }
     for (form, case), function in cases.items():
         yield [{"part": "memory", "case": case, "form": form, "extra MiB": peak_extra_mb(function)}]

@@ -57,7 +57,8 @@ def token_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
         return x.mean(dim=-2, keepdim=True)
     keep = mask.view(mask.shape[0], *(1,) * (x.dim() - 3), mask.shape[1], 1)
     count = keep.sum(dim=-2, keepdim=True).clamp(min=1)
-    return x.masked_fill(~keep, 0).sum(dim=-2, keepdim=True) / count.to(x.dtype)
+    total = x.masked_fill(~keep, 0).sum(dim=-2, keepdim=True, dtype=None if x.dtype == torch.float64 else torch.float32)
+    return (total / count).to(x.dtype)  # a float16 sum of some hundred tokens can overflow
 
 
 def attn_scale(
@@ -144,7 +145,7 @@ def gfsa(
     a, w = attend(q, k, mask), w_k.to(v.dtype)
     c1, c2 = w1 - (order - 2) * w, (order - 1) * w  # (H,)
     # While w_K is 0, vanilla's own kernel: then it is vanilla bit for bit.
-    if isinstance(a, FusedAttention) and mask is None and twice.serves(q) and bool(w_k.any()):
+    if isinstance(a, FusedAttention) and mask is None and twice.serves(q, k, v) and bool(w_k.any()):
         out = twice.attend_twice(q, k, v, c1, c2)
     else:
         y = a(v)

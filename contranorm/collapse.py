@@ -31,8 +31,8 @@ def _batched(x: Tensor, mask: Tensor | None) -> list[Tensor]:
         if mask.dtype != torch.bool or mask.shape != x.shape[:-1]:
             raise ValueError(f"mask must be bool of shape {tuple(x.shape[:-1])}, got {mask.dtype} {tuple(mask.shape)}")
         samples = [rows[keep] for rows, keep in zip(batch, mask.reshape(batch.shape[:2]), strict=True)]
-    if any(len(sample) == 0 for sample in samples):
-        raise ValueError("a sample without rows has no collapse metric: N is 0, or the mask leaves nothing")
+    if not samples or any(len(sample) == 0 for sample in samples):
+        raise ValueError("a sample without rows has no collapse metric: B or N is 0, or the mask leaves nothing")
     return samples
 
 
@@ -116,8 +116,9 @@ def uniformity(x: Tensor, mask: Tensor | None = None, *, t: float = 2.0) -> floa
         total = unit.new_zeros(())
         for start in range(0, n, 1024):  # N x N never in memory at once
             distances = torch.cdist(unit[start : start + 1024], unit)
+            distances.diagonal(start).fill_(torch.inf)  # i = j
             total = total + distances.square_().mul_(-t).exp_().sum()
-        values.append(((total - n).clamp_min(torch.finfo(total.dtype).tiny) / (n * (n - 1))).log())
+        values.append((total.clamp_min(torch.finfo(total.dtype).tiny) / (n * (n - 1))).log())
     return _mean(values)
 
 
@@ -151,7 +152,7 @@ class CollapseProbe:
 
     Args:
         model: any module.
-        layers: names as in `model.named_modules()`, or a mapping from a label to such a name; in order of depth.
+        layers: a name as in `model.named_modules()`, several, or a mapping from a label to a name; in order of depth.
         metrics: name → function of features, a module's output or the first of a tuple, and of the probe's `mask`.
 
     Raises:
@@ -161,10 +162,11 @@ class CollapseProbe:
     def __init__(
         self,
         model: nn.Module,
-        layers: Iterable[str] | Mapping[str, str],
+        layers: str | Iterable[str] | Mapping[str, str],
         *,
         metrics: Mapping[str, Callable[..., float]] = METRICS,
     ) -> None:
+        layers = [layers] if isinstance(layers, str) else layers
         names = dict(layers) if isinstance(layers, Mapping) else {name: name for name in layers}
         known = dict(model.named_modules())
         if missing := [name for name in names.values() if name not in known]:

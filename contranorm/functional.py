@@ -76,7 +76,8 @@ def contra_norm(
             _check_positive(name, value)
         else:
             check_positive(name, value)
-    check_switches(axis=axis, implementation=implementation, degree=degree)
+    check_switches(axis=axis, symmetric=symmetric, implementation=implementation, degree=degree)
+    scale, tau = (value if isinstance(value, Tensor) else float(value) for value in (scale, tau))  # NumPy's too
     return apply_step(
         x, scale, tau=tau, identity=identity, scaled_identity=scaled_identity, axis=axis, symmetric=symmetric,
         pre_norm=pre_norm, mask=mask, exclude=exclude, implementation=implementation, degree=degree,
@@ -163,6 +164,7 @@ def scripted_step(
         contrast = batch @ softmax_weights(unit.mT @ unit / tau, symmetric, None, None)
     else:
         contrast = softmax_weights(unit @ unit.mT / tau, symmetric, mask, None) @ batch
+    step = step.to(batch.dtype)
     own = step if scaled_identity else 1 + step if identity else torch.ones_like(step)
     moved = own * batch - step * contrast
     if mask is not None:
@@ -206,7 +208,7 @@ def _check_tensors(x: Tensor, scale: float | Tensor, axis: str, mask: Tensor | N
     if exclude is not None:
         if axis == "features":
             raise ValueError("exclude names pairs of rows: it has no meaning with axis='features'")
-        if exclude.layout != torch.sparse_csr and exclude.dtype != torch.bool:
+        if exclude.layout != torch.sparse_csr and (exclude.layout != torch.strided or exclude.dtype != torch.bool):
             raise ValueError(f"exclude must be a torch.sparse_csr tensor, got {exclude.layout}: call .to_sparse_csr()")
         if x.dim() != 2 or exclude.shape != (shape[0], shape[0]):
             raise ValueError(f"exclude must be (N, N) for x of (N, D), got {tuple(exclude.shape)} for {shape}")

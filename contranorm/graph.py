@@ -36,7 +36,7 @@ class GraphContraNorm(ContraStep):
         add_self_loops: leave each node out of its own softmax, whether or not the edges say so.
 
     Raises:
-        ValueError: axis="features", or as `ContraStep`.
+        ValueError: axis="features", an implementation that leaves out no pairs, or as `ContraStep`.
     """
 
     def __init__(
@@ -51,6 +51,8 @@ class GraphContraNorm(ContraStep):
         super().__init__(scale, tau, dim=dim, **switches)
         if self.axis == "features":
             raise ValueError("axis='features' compares features, not nodes: there are no adjacent pairs to leave out")
+        if self.implementation in ("fused", "sdpa"):
+            raise ValueError(f"implementation {self.implementation!r} leaves out no pairs: use 'blocked', or leave it")
         self.add_self_loops = add_self_loops
         self.carried: tuple[Tensor, Tensor | None] | None = None
 

@@ -73,7 +73,10 @@ class ContraStep(nn.Module):
     ) -> None:
         check_positive("scale", scale)
         check_positive("tau", tau)
-        check_switches(axis=axis, learnable=learnable, positive=positive, implementation=implementation, degree=degree)
+        check_switches(
+            axis=axis, symmetric=symmetric, learnable=learnable, positive=positive, implementation=implementation,
+            degree=degree,
+        )  # fmt: skip
         super().__init__(**(base or {}))
         self.scale = float(scale)
         self.tau = float(tau)
@@ -107,7 +110,7 @@ class ContraStep(nn.Module):
         """`contra_norm` with this module's scale and switches; x (B, N, D) or (N, D)."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._apply_step(x, mask, exclude)
-        step = torch.full([x.shape[-1]], self.scale, device=x.device)
+        step = torch.full([x.shape[-1]], self.scale, device=x.device, dtype=torch.float64)
         if hasattr(self, "step"):
             step = self.step.exp() if self.positive else self.step
         return scripted_step(

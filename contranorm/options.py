@@ -29,6 +29,7 @@ def check_positive(name: str, value: Any) -> None:
 def check_switches(
     *,
     axis: str = "tokens",
+    symmetric: bool = False,
     learnable: bool = False,
     positive: bool = False,
     implementation: str = "auto",
@@ -46,6 +47,8 @@ def check_switches(
         raise ValueError(f"degree must be 1 or 2, got {degree}")
     if positive and not learnable:
         raise ValueError("positive needs learnable: it trains the logarithm of the step")
+    if symmetric and axis == "tokens" and implementation in ("fused", "sdpa"):
+        raise ValueError(f"implementation {implementation} has no symmetric form: use blocked")
 
 
 def check_filter(kind: str, sigma: float, location: str) -> None:
@@ -131,15 +134,13 @@ class ContraNormOptions:
             if self.scale is not None:
                 check_positive("scale", self.scale)
             check_positive("tau", self.tau)
-            checked = ("axis", "learnable", "positive", "implementation", "degree")
+            checked = ("axis", "symmetric", "learnable", "positive", "implementation", "degree")
             check_switches(**{name: getattr(self, name) for name in checked})
             if self.positive and self.scale is None:
                 raise ValueError("positive needs a scale to start from")
-            if self.degree != 2 and self.implementation != "linear":
-                raise ValueError(f"degree belongs to --implementation linear, not {self.implementation}: leave it out")
             if self.axis == "features" and self.implementation != "auto":
                 raise ValueError("implementation belongs to --axis tokens, not features: leave it out")
-            if self.symmetric and self.implementation in ("fused", "sdpa"):
-                raise ValueError(f"implementation {self.implementation} has no symmetric form: use blocked")
+            if self.degree != 2 and self.implementation != "linear":
+                raise ValueError(f"degree belongs to --implementation linear, not {self.implementation}: leave it out")
         except ValueError as error:
             raise ValueError(f"--{error}") from error

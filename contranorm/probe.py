@@ -40,7 +40,8 @@ LABELS = {
 STYLES = ({"color": "#0072B2", "marker": "o"}, {"color": "#D55E00", "marker": "s", "linestyle": "--"})
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
-Layers = tuple[list[Tensor], list[Tensor], Tensor | None]  # (B, N, D) each; (B, H, N, N) each; bool (B, N)
+# By number of the layer, (B, N, D); in order, (B, H, N, N) each; bool (B, N).
+Layers = tuple[dict[int, Tensor], list[Tensor], Tensor | None]
 Forward = Callable[[list[Any]], Layers]
 
 
@@ -104,7 +105,7 @@ def probe(
 
 
 def read_texts(path: Path, columns: str | None) -> list[list[str]]:
-    """One list per sample, of one text or two."""
+    """One list per sample, of one text or two; rows of a parquet file that lack a text are left out."""
     if path.suffix != ".parquet":
         lines = path.read_text(encoding="utf-8").splitlines()
         rows = [[line] for line in lines if line.strip()]
@@ -116,7 +117,9 @@ def read_texts(path: Path, columns: str | None) -> list[list[str]]:
         if unknown or not chosen:
             wrong = f"no column {unknown[0]}" if unknown else "no column with text"
             raise ValueError(f"--text {path}: {wrong}; there are {', '.join(map(str, frame))}")
-        rows = frame[chosen].astype(str).values.tolist()
+        if len(chosen) > 2:
+            raise ValueError(f"--columns {columns}: a sample is one text or two")
+        rows = frame[chosen].dropna().astype(str).values.tolist()
     if not rows:
         raise ValueError(f"--text {path}: no text in it")
     return rows
@@ -152,7 +155,7 @@ def load_text_model(name: str, device: str, max_length: int) -> Forward:
         texts = [list(column) for column in zip(*rows, strict=True)]
         batch = tokenizer(*texts, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(device)
         out = model(**batch, output_hidden_states=True, output_attentions=True)
-        return list(out.hidden_states), list(out.attentions or ()), batch["attention_mask"].bool()
+        return dict(enumerate(out.hidden_states)), attentions_of(out), batch["attention_mask"].bool()
 
     return forward
 
@@ -199,7 +202,7 @@ def timm_forward(model: nn.Module, device: str) -> Forward:
         features.clear()
         weights.clear()
         model(torch.stack([transform(image) for image in opened(batch)]).to(device))
-        return list(features), list(weights), None
+        return dict(enumerate(features, start=1)), list(weights), None
 
     return forward
 
@@ -217,9 +220,14 @@ def load_image_transformer(name: str, device: str) -> Forward:
         pixels = processor(opened(batch), return_tensors="pt").to(device)
         out = model(**pixels, output_hidden_states=True, output_attentions=True)
         width = getattr(model.config, "hidden_size", None)
-        return [as_tokens(state, width) for state in out.hidden_states], list(out.attentions or ()), None
+        return {i: as_tokens(state, width) for i, state in enumerate(out.hidden_states)}, attentions_of(out), None
 
     return forward
+
+
+def attentions_of(out: Any) -> list[Tensor]:
+    """The attention weights in a Hugging Face model's output; none where it has no attention."""
+    return list(getattr(out, "attentions", None) or ())
 
 
 def load_transformer(place: str, device: str) -> Any:
@@ -286,12 +294,12 @@ def spectrum_of(frame: pd.DataFrame) -> list[str]:
 
 
 def collapse_of_samples(
-    features: list[Tensor], attentions: list[Tensor], mask: Tensor | None
+    features: dict[int, Tensor], attentions: list[Tensor], mask: Tensor | None
 ) -> Iterator[dict[str, float]]:
     """One row per sample and layer, padding left out; attention weights count where each layer has one set of them."""
-    first = 0 if len(features) == len(attentions) + 1 else 1
-    maps = dict(enumerate(attentions, start=1)) if len(features) + first == len(attentions) + 1 else {}
-    for layer, states in enumerate(features, start=first):
+    layers = [layer for layer in features if layer > 0]
+    maps = dict(zip(layers, attentions, strict=True)) if len(layers) == len(attentions) else {}
+    for layer, states in features.items():
         weights = maps.get(layer)
         square = weights is not None and len(weights) == len(states) and weights.shape[-1] == weights.shape[-2]
         for sample, rows in enumerate(states):

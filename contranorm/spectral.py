@@ -60,7 +60,7 @@ def spectral_filter(z: Tensor, kind: Filter, sigma: float, *, location: Location
 
     On the target the result has no gradient. Online it is z W with W = V diag(g(s)) Vᵀ a constant, so that the gradient
     of each row is filtered by W. W is zero on the null space of z, and σ = 0 of poly and contranorm is z itself. Below
-    `RELATIVE_FLOOR` times the largest singular value, g is taken at that floor.
+    `RELATIVE_FLOOR` times the largest singular value, g is taken at that floor; online, times s² over the floor's.
 
     Args:
         z: batch of all processes, (N, D), neither centred nor normalized; N and D change what is whitened: features for

@@ -198,8 +198,10 @@ def blocked_contrast(
 ) -> Tensor:
     """A·v, or (A + softmax over columns)·v, for one set of rows: x̂ (N, D), v (N, C), excluded pairs CSR (N, N).
 
-    `dtype` is that of the factors of the products, None that of x̂, in which sums stay.
+    `dtype` is that of the factors of the products, None that of x̂, in which sums stay. It is not taken where it is
+    float16: exp(1/τ) and sums over many rows are above its range.
     """
+    dtype = None if dtype == torch.float16 else dtype
     if 1 / tau > MAX_LOGIT and unit.dtype != torch.float64:
         wide = blocked_contrast(unit.double(), values.double(), exclude, tau=tau, symmetric=symmetric)
         return wide.to(values.dtype)

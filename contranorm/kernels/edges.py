@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ class Edges:
     order: Tensor
     symmetric: bool
     transposed: Edges = field(init=False)
+
+    @cached_property
+    def fullest(self) -> float:
+        """The largest share of the N columns that a row or column stores, but for those which store all N."""
+        n = self.crow.numel() - 1
+        counts = torch.cat([self.crow.diff(), self.columns.bincount(minlength=n)])
+        return float(counts.masked_fill(counts == n, 0).max()) / n
 
     @property
     def rows(self) -> Tensor:

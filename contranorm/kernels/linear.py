@@ -12,8 +12,9 @@ with Φ the N x F matrix of all monomials of d up to that degree and Ω the diag
     p(s) = Φ Ω Φᵀ,        p(s) w = Φ (Ω (Φᵀ w)).
 
 Forward and backward cost O(N·F·D), with F = 1 + D or (D + 1)(D + 2) / 2. Excluded pairs are subtracted along the edges
-with the same polynomial, so that what remains is exactly the polynomial's softmax Ã over the other pairs. The gradient
-takes m as a constant, which it is to the exact kernel.
+with the same polynomial, so that what remains is exactly the polynomial's softmax Ã over the other pairs; in float64
+where few pairs of some row remain, since the difference of two nearly equal sums keeps few digits. The gradient takes m
+as a constant, which it is to the exact kernel.
 
 Error. |exp(s) - p(s)| ≤ κ s² for |s| ≤ H, with κ = Σ_{k > degree} H^(k-2) / k! and H the largest ‖d_i‖² / τ, and the
 sums q_i = Σ_j r_j s_ij² need no pair either. With Z̃_i the polynomial's sum over row i,
@@ -42,6 +43,8 @@ from contranorm.kernels.masks import ratio_or_zero
 
 # Largest mean of b (see above) for which the polynomial is used; above it the exact form answers, with a warning.
 MAX_ERROR = 0.1
+# Share of a row's pairs from which, if that many are excluded, all is computed in float64.
+CANCELS = 0.95
 # Elements of one block of Φ: half as many or twice as many are slower.
 BLOCK = 1 << 21
 
@@ -239,12 +242,15 @@ def linear_contrast(
     Instead of 1, 2 is taken where the bound on 1's error is above `MAX_ERROR` and there are fewer monomials than rows
     (with more, the exact form is the faster one). The exact form answers, after a warning, where neither will do.
     """
+    edges = None if exclude is None else edges_of(exclude)
+    if edges is not None and edges.fullest > CANCELS and unit.dtype != torch.float64:
+        form: dict[str, Any] = {"tau": tau, "symmetric": symmetric, "degree": degree}
+        return linear_contrast(unit.double(), values.double(), exclude, **form).to(values.dtype)
     mean = unit.detach().mean(dim=0)
     d = unit - mean
     exponent = d @ mean / tau  # (N,)
     r = (exponent - exponent.detach().max()).exp().unsqueeze(1)  # (N, 1)
     weighted = torch.cat([values * r, r], dim=1)  # (N, C + 1)
-    edges = None if exclude is None else edges_of(exclude)
     largest = float(torch.linalg.vector_norm(d.detach(), dim=1).max()) ** 2 / tau
     spread = d.detach().mT @ (d.detach() * (r.detach() / tau**2))  # Σ_j r_j d_j d_jᵀ / τ², (D, D)
     error = math.inf

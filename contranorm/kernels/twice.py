@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from contranorm.kernels.autograd import is_traced, is_transformed
+from contranorm.kernels.autograd import differentiable_twice, is_traced, is_transformed
 
 CHUNK = 1 << 18  # elements of the matrices A taken together, for each thread
 
 
-def serves(q: Tensor) -> bool:
-    """Whether `attend_twice` is there for these queries: on a CPU, and where torch neither records nor transforms."""
-    return q.device.type == "cpu" and not is_traced(q) and not is_transformed()
+def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attend_twice` takes these: of one dtype, on a CPU, and where torch neither records nor transforms."""
+    return q.dtype == k.dtype == v.dtype and q.device.type == "cpu" and not is_traced(q) and not is_transformed()
 
 
 def attend_twice(q: Tensor, k: Tensor, v: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
-    """c₁ A v + c₂ A (A v), (B, H, N, d); differentiable once.
+    """c₁ A v + c₂ A (A v), (B, H, N, d).
 
     Args:
         q: queries, (B, H, N, d), on a CPU.
@@ -40,7 +40,13 @@ def attend_twice(q: Tensor, k: Tensor, v: Tensor, c1: Tensor, c2: Tensor) -> Ten
     weights = [c.repeat(len(q))[:, None, None] for c in (c1, c2)]  # (B·H, 1, 1)
     with torch.autocast("cpu", enabled=False):
         out: Tensor = _Twice.apply(*heads, *weights)
-    return out.view_as(v)
+    return differentiable_twice(out.view_as(v), _definition, q, k, v, c1, c2)
+
+
+def _definition(q: Tensor, k: Tensor, v: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
+    a = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
+    y = a @ v
+    return c1[:, None, None] * y + c2[:, None, None] * (a @ y)
 
 
 def _parts(q: Tensor) -> tuple[list[slice], int]:

@@ -32,6 +32,15 @@ def test_layer_measures_every_implementation_and_checks_goals(monkeypatch, tmp_p
     assert header.startswith("|shape|implementation|ms|")
 
 
+def test_every_comparison_keeps_to_one_device(monkeypatch):
+    """The meta device in the place of a GPU: tensors of two devices do not go together there either."""
+    monkeypatch.setattr(layer, "DEVICE", "meta")
+    monkeypatch.setattr(layer, "alternate_ms", lambda runs, **_: {name: (run(), 1.0)[1] for name, run in runs.items()})
+    monkeypatch.setattr(layer, "SHAPES", {"cora": layer.Shape((120, 8), 500)})
+    assert len(layer.compare_sizes("blocked", "TILE", ("cora",), (32, 64))) == 2
+    assert layer.find_crossover() and layer.measure_growth()[0]
+
+
 def test_unknown_shapes_are_named():
     with pytest.raises(UserError, match="there are cora"):
         layer.main(["--only", "pubmed"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contranorm.attention import FusedAttention, attn_scale, feat_scale, gfsa, neutreno, resformer
+from contranorm.attention import FusedAttention, attn_scale, feat_scale, gfsa, neutreno, resformer, token_mean
 from contranorm.kernels import twice
 
 N, D = 5, 4
@@ -188,7 +188,7 @@ def test_one_a_for_both_products_of_gfsa(monkeypatch: pytest.MonkeyPatch) -> Non
     q, k, v, _ = draw()
     found = []
     for shared in (True, False):
-        monkeypatch.setattr(twice, "serves", lambda q, shared=shared: shared)
+        monkeypatch.setattr(twice, "serves", lambda *_, shared=shared: shared)
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         out = gfsa(*inputs, per_head(0.3, -0.2, 0.7))
         found.append([out, *torch.autograd.grad((out * wave(N, D, 3)).sum(), inputs)])
@@ -211,3 +211,25 @@ def test_half_precision_stays_half(form: str) -> None:
     half = of(form, per_head(0.3, -0.2, 0.7).float())(*(x.bfloat16() for x in draw()))
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.double(), exact, atol=0.1, rtol=0.1)
+
+
+def test_gfsa_differentiates_twice_on_a_cpu():
+    q, k, v = (torch.randn(2, 3, 6, 4, dtype=torch.float64).requires_grad_() for _ in range(3))
+    w = torch.full((3,), 0.3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(gfsa, (q, k, v, w))
+    (slope,) = torch.autograd.grad(gfsa(q, k, v, w).sum(), q, create_graph=True)
+    assert slope.requires_grad
+
+
+def test_gfsa_under_autocast_takes_queries_of_another_dtype():
+    q, k = (torch.randn(1, 2, 6, 4) for _ in range(2))
+    v, w = torch.randn(1, 2, 6, 4).bfloat16(), torch.full((2,), 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = gfsa(q, k, v, w)
+    assert mixed.dtype == torch.bfloat16
+    torch.testing.assert_close(mixed.float(), gfsa(q, k, v.float(), w), rtol=0.05, atol=0.05)
+
+
+def test_a_masked_mean_of_halves_does_not_overflow():
+    x, every = torch.full((1, 512, 2), 200.0).half(), torch.ones(1, 512, dtype=torch.bool)
+    assert torch.equal(token_mean(x, every), token_mean(x))

@@ -178,3 +178,28 @@ def test_effective_rank_of_the_covariance():
     assert effective_rank(x, centre=True) == pytest.approx(effective_rank(x - x.mean(dim=0)))
     assert effective_rank(torch.ones(5, 3), centre=True, power=2) == 0
     assert effective_rank(x, centre=False, power=1) == effective_rank(x)
+
+
+@pytest.mark.parametrize("t", [2.0, 30.0])
+def test_uniformity_is_exact_at_any_sharpness(t):
+    x = random(64, 512)
+    unit = torch.nn.functional.normalize(x, dim=1)
+    exact = torch.pdist(unit).square().mul(-t).logsumexp(0) - math.log(64 * 63 / 2)
+    assert uniformity(x, t=t) == pytest.approx(float(exact), rel=1e-9)
+    long = random(1500, 4)  # more than one block of rows
+    unit = torch.nn.functional.normalize(long, dim=1)
+    exact = torch.pdist(unit).square().mul(-t).logsumexp(0) - math.log(1500 * 1499 / 2)
+    assert uniformity(long, t=t) == pytest.approx(float(exact), rel=1e-9)
+
+
+def test_the_probe_takes_one_name():
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(11)))
+    with CollapseProbe(model, "10") as probe:
+        model(random(4, 3).float())
+    assert probe.frame()["module"].tolist() == ["10"]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_batch_of_nothing_is_refused(metric):
+    with pytest.raises(ValueError, match="B or N is 0"):
+        metric(torch.ones(0, 4, 3))

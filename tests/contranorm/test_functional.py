@@ -188,17 +188,8 @@ def test_proposition_variance_does_not_fall(seed, scale):
     centre = torch.eye(n, dtype=x.dtype) - 1 / n
     gap = torch.eye(n, dtype=x.dtype) - attention
     smallest = torch.linalg.eigvalsh(centre @ gap + gap.T @ centre).min()
-    if smallest >= -1e-12:
-        assert feature_variance(contra_norm(x, scale, identity=True)) >= feature_variance(x) * (1 - 1e-12)
-
-
-def test_proposition_variance_holds_on_most_inputs():
-    # Guards the test above from never meeting its premise.
-    grew = [
-        feature_variance(contra_norm(x, 0.5, identity=True)) >= feature_variance(x)
-        for x in (random(8, 6, seed=s) for s in range(50))
-    ]
-    assert sum(grew) == 50
+    assert smallest >= -1e-12  # the premise
+    assert feature_variance(contra_norm(x, scale, identity=True)) >= feature_variance(x) * (1 - 1e-12)
 
 
 @given(seeds, st.floats(0.05, 1.0))
@@ -354,6 +345,7 @@ def test_zero_rows_stay_finite(implementation):
         (dict(scale=torch.ones(3)), "scale"),
         (dict(exclude=torch.eye(5)), "exclude"),
         (dict(exclude=torch.eye(5).to_sparse_csr()), "exclude"),
+        (dict(exclude=torch.eye(5).bool().to_sparse_coo()), "call .to_sparse_csr"),
         (dict(symmetric=True, implementation="sdpa"), "sdpa"),
         (dict(symmetric=True, implementation="fused"), "fused"),
     ],

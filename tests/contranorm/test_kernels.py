@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from decimal import Decimal, localcontext
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -264,3 +265,36 @@ def test_blocked_never_stores_the_matrix():
     with Watch():
         contra_norm(x, 1.0, implementation="blocked").sum().backward()
     assert TILE**2 <= largest < 3000**2 / 4
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.2, 0.05])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_factors_in_float16_do_not_overflow(tau, symmetric):
+    """The products' dtype under a GPU's autocast; it is given here, as on a CPU nothing asks for it."""
+    x = torch.randn(600, 8, generator=torch.Generator().manual_seed(0)).abs().requires_grad_()
+    unit = torch.nn.functional.normalize(x, dim=1)
+    half, full = (blocked_contrast(unit, x, None, tau=tau, symmetric=symmetric, dtype=d) for d in (torch.float16, None))
+    torch.testing.assert_close(half, full, rtol=1e-2, atol=1e-2)
+    assert torch.autograd.grad(half.sum(), x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_a_hub_with_few_nodes_left_keeps_its_digits(degree):
+    """Its row is a small difference of two large sums."""
+    x = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)) * 0.05 + 1
+    stored = torch.zeros(3000, 3000)
+    stored[0, :-2] = 1
+    exclude = stored.to_sparse_csr()
+    form = dict(scale=1.0, exclude=exclude)
+    hub = contra_norm(x, implementation="linear", degree=degree, **form)[0]
+    torch.testing.assert_close(
+        hub, contra_norm(x.double(), implementation="plain", **form)[0].float(), rtol=0, atol=1e-4
+    )
+
+
+def test_numpys_numbers_are_numbers():
+    x = torch.randn(20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.1 + 1
+    for implementation in ("plain", "linear", "blocked"):
+        for tau in (np.float32(0.5), np.int64(1)):
+            moved = contra_norm(x, np.float32(0.5), tau=tau, implementation=implementation)
+            assert torch.equal(moved, contra_norm(x, 0.5, tau=float(tau), implementation=implementation))

@@ -63,3 +63,10 @@ def test_the_step_s_name_in_tables():
     assert ContraNormOptions(scale=0.5).step_name("Eq. 6") == "ContraNorm (Eq. 6) s=0.5"
     assert ContraNormOptions(scale=0.1, axis="features").step_name() == "D-ContraNorm s=0.1"
     assert ContraNormOptions(scale=0.1, scaled_identity=True).step_name() == "ContraNorm (scaled identity) s=0.1"
+
+
+def test_layers_refuse_forms_that_could_never_run():
+    with pytest.raises(ValueError, match="sdpa has no symmetric form"):
+        ContraNorm(6, 0.3, symmetric=True, implementation="sdpa")
+    with pytest.raises(ValueError, match="'fused' leaves out no pairs"):
+        GraphContraNorm(0.3, implementation="fused")

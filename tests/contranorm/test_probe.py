@@ -20,6 +20,10 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertTokenizerFast,
+    ConvNextV2Config,
+    ConvNextV2Model,
+    FNetConfig,
+    FNetModel,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
@@ -31,7 +35,8 @@ from contranorm.probe import probe
 METRICS = ["mean_cosine", "effective_rank", "variance", "attention_similarity", "singular_values_for_90_percent"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "deep", "nets", "forget", "much", "of", "it"]
 TEXTS = ["deep nets", "deep nets forget much of it", "much", "it", "nets of nets of it"]
-SIZE = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+SHORT = dict(hidden_size=16, num_hidden_layers=3, intermediate_size=32)
+SIZE = dict(num_attention_heads=2, **SHORT)
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +116,10 @@ def test_columns_of_a_parquet_file(bert):
     assert pairs["effective_rank"].iloc[-1] > first["effective_rank"].iloc[-1]
     with pytest.raises(ValueError, match="no column d; there are label, a, b, c"):
         probe(bert, text="pairs.parquet", columns="d")
+    with pytest.raises(ValueError, match="one text or two"):
+        probe(bert, text="pairs.parquet", columns="a,b,c")
+    pd.concat([frame, pd.DataFrame({"label": [1], "a": [None], "b": ["it"], "c": ["it"]})]).to_parquet("gaps.parquet")
+    pd.testing.assert_frame_equal(probe(bert, text="gaps.parquet", columns="a,b"), pairs)
     frame[["label"]].to_parquet("labels.parquet")
     with pytest.raises(ValueError, match="no column with text"):
         probe(bert, text="labels.parquet")
@@ -135,6 +144,17 @@ def test_a_hugging_face_model_of_images_and_images_in_parquet_files(images):
     packed.mkdir()
     pd.DataFrame({"image": [{"bytes": file.read_bytes()} for file in files]}).to_parquet(packed / "train.parquet")
     pd.testing.assert_frame_equal(probe("vit", images="packed"), frame)
+
+
+def test_hugging_face_models_without_attention(images, bert, texts):
+    torch.manual_seed(0)
+    ConvNextV2Model(ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2)).save_pretrained("convnext")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained("convnext")
+    FNetModel(FNetConfig(vocab_size=len(WORDS), tpu_short_seq_length=8, **SHORT)).save_pretrained("fnet")
+    BertTokenizerFast.from_pretrained(bert).save_pretrained("fnet")
+    for frame, layers in ((probe("convnext", images=images), 3), (probe("fnet", text=texts), 4)):
+        assert frame["layer"].tolist() == list(range(layers))
+        assert frame["attention_similarity"].isna().all() and frame["mean_cosine"].notna().all()
 
 
 @pytest.mark.parametrize("norm", ["vanilla", "contra"])

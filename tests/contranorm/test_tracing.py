@@ -134,6 +134,18 @@ def test_jit_script(layer, form):
 
 
 @deprecated
+@pytest.mark.parametrize(("step", "x"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_jit_script_rounds_as_the_layer_does(step, x):
+    features = random(2, 5, 4).to(x)
+    for module in (
+        ContraStep(0.005, dim=4, identity=True, learnable=True, dtype=step),
+        ContraStep(0.1, identity=True),
+    ):
+        rounding = 4 * torch.finfo(x).eps
+        torch.testing.assert_close(torch.jit.script(module)(features), module(features), rtol=rounding, atol=rounding)
+
+
+@deprecated
 def test_jit_script_of_the_fast_path_is_refused():
     """It would skip the norms of nn.TransformerEncoderLayer, and in TorchScript nothing else can stop it."""
     vanilla = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True).eval()
