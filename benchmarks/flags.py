@@ -6,7 +6,6 @@ against the way with every speed flag off, over the same seeds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from repro.config import parse_config
 from repro.errors import UserError, run_main
 from repro.report.cells import show
 from repro.report.records import iterate_records
-from repro.report.stats import welch
+from repro.report.stats import difference, holm
 
 # The value with which each speed flag does nothing.
 OFF: dict[str, Any] = {
@@ -60,7 +59,7 @@ def flags_of(record: dict[str, Any]) -> str:
 
 
 def compare(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per experiment and set of flags; a UserError where an experiment has no runs with all flags off."""
+    """One line per experiment and set of flags, p of the paired t-test; a UserError where no run has all flags off."""
     values = [(r["experiment"], r["seed"], flags_of(r), r["metrics"][METRICS[r["experiment"]]]) for r in records]
     frame = pd.DataFrame(values, columns=["experiment", "seed", "flags", "value"])
     lines = []
@@ -70,16 +69,18 @@ def compare(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             raise UserError(f"--records: no run of {experiment} has every speed flag off ({', '.join(OFF)})")
         for flags, those in runs.groupby("flags"):  # "" comes first
             values = those.set_index("seed")["value"]
-            spreads = [(v.mean(), v.std(ddof=1), len(v)) for v in (values, slow)]
             line: dict[str, Any] = {"experiment": experiment, "flags": flags or "all off"}
-            line |= {"metric": METRICS[str(experiment)], "mean ± std (n), %": show(*spreads[0])}
+            shown = show(values.mean(), values.std(ddof=1), len(values))
+            line |= {"metric": METRICS[str(experiment)], "mean ± std (n), %": shown}
             if flags:
-                p = welch(*spreads)
-                line["difference"] = f"{(values.mean() - slow.mean()) * 100:+.2f}"
-                line["p (Welch)"] = None if p is None or math.isnan(p) else f"{p:.2g}"
+                found = difference(values, slow)
+                line |= {"difference": f"{found.mean * 100:+.2f}", "p (Holm)": found.p}
                 same = int((values == slow.reindex(values.index)).sum())
                 line["runs with the very same metric"] = f"{same} of {len(values)}"
             lines.append(line)
+    tested = [line for line in lines if "p (Holm)" in line]
+    for line, p in zip(tested, holm(line["p (Holm)"] for line in tested), strict=True):
+        line["p (Holm)"] = None if p is None else f"{p:.2g}"
     return lines
 
 

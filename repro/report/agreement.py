@@ -1,18 +1,20 @@
 """Published cells against ours: which agree by one stated rule, and where the published order is reversed.
 
 A published cell that several of our rows answer to (ContraNorm at any scale) is compared with the row that bears its
-name, else with that of the highest validation metric, never with the nearest one.
+name, else with that of the highest validation metric, never with the nearest one: the mean over the seeds that all of
+them have, as in `cells.select_best`; over each one's own where there are none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
-from repro.report.cells import rows_of, show, signed, text_of
+from repro.report.cells import replicate, rows_of, show, signed, text_of
 from repro.report.published import METHOD, Entry
 from repro.report.stats import FLOOR, Summary, agreement
 
@@ -20,8 +22,10 @@ RULE = (
     "a published cell agrees when it lies within the 95 % interval of the difference of two means of one experiment, "
     "t·√(s²/n + s'²/n') around ours, with our s where none is published, and our n likewise; "
     f"the interval is at least ± {FLOOR * 100:g} points wide, as collapsed cells have no spread. "
-    "One in twenty cells would fall outside by chance"
+    "One in twenty cells would fall outside by chance. Where several of our rows answer to a published cell, it is "
+    "compared with the one of its name, else with the one of the highest mean validation metric"
 )
+WIDE = 0.05  # an interval wider than this on either side says little
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Verdict:
         cell: ours that was compared, None when it has not been run.
         p: of the difference, None without a spread.
         agrees: by RULE; None with fewer than two runs of ours.
+        half: half the width of RULE's interval.
         also: methods of the other rows that answer to the published cell and agree.
         reversed: published methods that stand on the other side of ContraNorm here.
     """
@@ -41,6 +46,7 @@ class Verdict:
     cell: Mapping[Any, Any] | None
     p: float | None = None
     agrees: bool | None = None
+    half: float | None = None
     also: tuple[str, ...] = ()
     reversed: tuple[str, ...] = ()
 
@@ -50,10 +56,10 @@ def summary(cell: Mapping[Any, Any]) -> Summary:
     return Summary(float(cell["mean"]), float(cell["std"]), int(cell["n"]))
 
 
-def agrees(cell: Mapping[Any, Any], entry: Entry) -> tuple[float | None, bool | None]:
-    """P of the difference, and whether the cell agrees by RULE."""
+def agrees(cell: Mapping[Any, Any], entry: Entry) -> tuple[float | None, bool | None, float | None]:
+    """P of the difference, whether the cell agrees by RULE, and half the width of the interval."""
     p, half = agreement(summary(cell), Summary(entry.mean, entry.std, entry.n))
-    return p, None if half is None else bool(abs(cell["mean"] - entry.mean) <= half)
+    return p, None if half is None else bool(abs(cell["mean"] - entry.mean) <= half), half
 
 
 def judge(tables: Mapping[str, pd.DataFrame], entries: Sequence[Entry]) -> list[Verdict]:
@@ -65,19 +71,25 @@ def judge(tables: Mapping[str, pd.DataFrame], entries: Sequence[Entry]) -> list[
         if not fitting:
             found.append(Verdict(entry, None))
             continue
-        named = [cell for cell in fitting if cell["method"] in entry.match["method"]]
-        cell = max(named or fitting, key=lambda cell: _validation(cell, entry.metric))
+        choice = [cell for cell in fitting if cell["method"] in entry.match["method"]] or fitting
+        cell = choice[0] if len(choice) == 1 else max(choice, key=_validation(choice, entry.metric))
         others = [other for other in fitting if other is not cell and agrees(other, entry)[1]]
         found.append(Verdict(entry, cell, *agrees(cell, entry), also=tuple(str(other["method"]) for other in others)))
     return [replace(v, reversed=_reversed(v, v.cell, found)) if v.cell else v for v in found]
 
 
-def _validation(cell: Mapping[Any, Any], metric: str) -> float:
+def _validation(choice: Sequence[Mapping[Any, Any]], metric: str) -> Callable[[Mapping[Any, Any]], float]:
     """What a choice among rows goes by; a metric of a validation set is its own."""
-    runs = cell.get("runs")
-    if isinstance(runs, pd.DataFrame) and "metrics.validation_accuracy" in runs:
-        return float(runs["metrics.validation_accuracy"].mean())
-    return 0.0 if "test" in metric else float(cell["mean"])
+    shared = set.intersection(*(set(cell["values"].index) for cell in choice))
+
+    def mean(cell: Mapping[Any, Any]) -> float:
+        runs = cell.get("runs")
+        if not isinstance(runs, pd.DataFrame) or "metrics.validation_accuracy" not in runs:
+            return 0.0 if "test" in metric else float(cell["mean"])
+        chosen = runs[replicate(runs).isin(shared)] if shared else runs
+        return float(chosen["metrics.validation_accuracy"].mean())
+
+    return mean
 
 
 def _reversed(verdict: Verdict, cell: Mapping[Any, Any], verdicts: list[Verdict]) -> tuple[str, ...]:
@@ -133,6 +145,11 @@ def agreement_sentence(verdicts: list[Verdict], title: str, *, named: bool = Tru
     if turned:
         text += f"; in {len(turned)} the published order of {METHOD} and another method is reversed"
         text += f" ({_places(turned)})" if named else ""
+    halves = [v.half for v in decided if v.half is not None]
+    if halves and named:
+        wide = sum(half > WIDE for half in halves)
+        text += f". The median interval is ± {100 * statistics.median(halves):.1f} points; in {wide} it is wider than "
+        text += f"± {100 * WIDE:g}, and agreement there means little"
     return text + "."
 
 

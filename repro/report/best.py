@@ -37,6 +37,8 @@ class Config(RecordsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not split_names(self.each):
+            raise ValueError(f"--each {self.each!r} names no field")
         if "test" in self.by:
             raise ValueError(f"--by {self.by}: a test metric chooses nothing here")
 

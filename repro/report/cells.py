@@ -134,7 +134,8 @@ def add_average(
         part = part.assign(replicate=replicate(part))
         by_run = part.pivot_table(index="replicate", columns=columns, values=f"metrics.{metric}").dropna().mean(axis=1)
         if len(by_run):
-            known = {k: part[k].iloc[0] for k in ("protocol", "selection", "experiment", "method", "family", "order")}
+            fixed = ("protocol", "selection", "experiment", "method", "family", "order", "num_hidden_layers", *BUDGET)
+            known = {k: part[k].iloc[0] for k in fixed if k in part}
             labels = dict(zip(rows, values, strict=True)) | {columns: name}
             added.append({**known, **labels, **spread_of(by_run)})
     return pd.concat([cells, pd.DataFrame(added)], ignore_index=True)
@@ -227,9 +228,14 @@ def in_order(cells: pd.DataFrame, rows: list[str], columns: str | None = None) -
     by = [name for name in (*rows, columns) if name]
     where = [name for name in by if name in ("data", "model")]
     cells = cells.reset_index(drop=True)
+    known = rows_of(cells)
+    method = next((name for name in ("method", "family") if name in rows), "order")
+    first: dict[Any, Any] = {}  # a chosen scale is part of the order, but a family has one place
+    for cell in known:
+        first[cell[method]] = min(first.get(cell[method], cell["order"]), cell["order"])
     places = [
-        (*(sortable(cell[name]) for name in where), cell["order"], *(sortable(cell[name]) for name in by))
-        for cell in rows_of(cells)
+        (*(sortable(cell[name]) for name in where), first[cell[method]], *(sortable(cell[name]) for name in by))
+        for cell in known
     ]
     return cells.loc[sorted(range(len(cells)), key=places.__getitem__)]
 

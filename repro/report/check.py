@@ -122,6 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; the exit code."""
     config = parse_config(Config, argv, prog="python -m repro.report.check", description=__doc__ or "")
     results = Path(os.path.relpath(config.results))
+    if not results.parts or results.parts[0] == "..":
+        raise UserError(f"--results {config.results}: not a folder below this one: call it from the repository's root")
     find_records(config.results)
     failed = False
     for refused, message in check_records(results):

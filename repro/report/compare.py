@@ -65,7 +65,8 @@ def metrics_table(a: pd.DataFrame, b: pd.DataFrame, metric: str | None) -> pd.Da
     both = [name.removeprefix("metrics.") for name in shared if name.startswith("metrics.")]
     names = [name for name in both if metric in (None, name)]
     if not names:
-        raise UserError(f"--metric {metric}: not in both; there are {', '.join(both)}")
+        wanted = f"--metric {metric}: not in both; " if metric else "no metric is in both"
+        raise UserError(wanted + (f"there are {', '.join(both)}" if both else ""))
     cell = [name for name in CELL if max(frame[name].map(text_of).nunique() for frame in (a, b)) > 1]
     rows, p_values = [], []
     for name in names:

@@ -417,7 +417,7 @@ def draw(config: Config, command: str = "") -> list[Path]:
             raise no_field(name, frame)
     frame = select_runs(frame, config.where)
     if held := {"collapse": "collapse", "spectrum": "spectrum", "prefix": "prefix_nll"}.get(config.kind):
-        frame = frame[frame[held].notna()] if held in frame else frame[:0]
+        frame = frame[[bool(values) for values in frame[held].fillna("")]] if held in frame else frame[:0]
         if frame.empty:
             hint = "" if config.kind == "prefix" else ": run the cells with --probe"
             raise UserError(f"no record holds {held} metrics{hint}")

@@ -40,7 +40,7 @@ from repro.report.stats import difference, holm
 
 BASELINE = "vanilla"
 METRICS = ("test_accuracy", "score", "accuracy")  # the first that all runs have is shown
-CURVE_POINTS = 16  # a curve is as wide as a thumb
+CURVE_POINTS = 12  # a curve is as wide as a thumb
 
 
 @dataclass
@@ -129,7 +129,7 @@ def _cell(cell: dict[Any, Any], metric: str, results: Path, entries: Sequence[En
     for entry in filter(lambda entry: entry.fits(cell), entries):
         column = f"metrics.{entry.metric}"
         if column in runs and runs[column].notna().all():
-            p, verdict = agrees(spread_of(runs[column]), entry)
+            p, verdict, _ = agrees(spread_of(runs[column]), entry)
             published.append({
                 "kind": KINDS[entry.kind], "metric": entry.metric, "value": show(entry.mean, entry.std, entry.n),
                 "source": entry.source,
@@ -221,6 +221,28 @@ def with_classes(figures: dict[str, str]) -> tuple[dict[str, str], str]:
     return found, "\n".join(f".{name} {{ {style} }}" for style, name in names.items())
 
 
+def shared_parts(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """The cells, in which sources, record files and lists of epochs are numbers of `parts`: many are in many cells."""
+    parts: dict[str, int] = {}
+
+    def number(part: Any) -> int:
+        return parts.setdefault(json.dumps(part), len(parts))
+
+    def short(run: dict[str, Any]) -> dict[str, Any]:
+        file, _, line = run["record"].partition(":")
+        curve = run["curve"] and run["curve"] | {"epoch": number(run["curve"]["epoch"])}
+        return run | {"record": [number(file), line], "curve": curve}
+
+    def sourced(other: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in other.items() if name != "notes"}
+        return kept | {"source": number("; ".join([other["source"], *other["notes"]]))}
+
+    shortened = [
+        cell | {"runs": [*map(short, cell["runs"])], "published": [*map(sourced, cell["published"])]} for cell in cells
+    ]
+    return {"cells": shortened, "parts": [json.loads(part) for part in parts]}
+
+
 def render(index: dict[str, Any], results: Path) -> str:
     """The page; the same index gives the same text."""
     environment = jinja2.Environment(
@@ -236,7 +258,7 @@ def render(index: dict[str, Any], results: Path) -> str:
         "depth": sorted({cell["depth"] for cell in cells} - {""}, key=float),
         "method": sorted({row["family"] for table in index["tables"] for row in table["rows"]}),
     }
-    data = json.dumps(cells, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    data = json.dumps(shared_parts(cells), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     template = environment.get_template("page.html")
     return template.render(index=index, figures=figures, rules=rules, options=options, data=data)
 

@@ -53,7 +53,7 @@ class Entry:
         return self.metric, tuple(sorted((name, value) for name, value in self.match.items() if name != "method"))
 
     def fits(self, cell: Mapping[Any, Any]) -> bool:
-        """True when the number belongs to this cell: every matched column is known there and equal.
+        """True when the number belongs to this cell: every matched column is known there and equal, or unset for null.
 
         Runs whose settings were chosen among many on validation have none: what was published had not their budget.
         """
@@ -63,7 +63,7 @@ class Entry:
         return all(
             bool({cell.get("method"), cell.get("family")} & set(wanted))
             if name == "method"
-            else str(cell.get(name)) == str(wanted) or cell.get(name) == wanted
+            else str(value := cell.get(name)) == str(wanted) or value == wanted or (wanted is None and value != value)
             for name, wanted in self.match.items()
         )
 
@@ -174,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     last = ["method", "metric", "%", "kind"]
     names = [name for name in [*table.columns.difference(last, sort=False), *last] if name not in config.where]
     table = table[names].map(text_of)
+    table = table[[name for name in names if (table[name] != "").any()]]
     if config.columns:
         table = _wide(table, config.columns)
     print(markdown_table(table))

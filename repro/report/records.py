@@ -36,9 +36,19 @@ def check_record(record: Any, where: str) -> dict[str, Any]:
     missing = [name for name in REQUIRED if name not in record]
     if missing:
         raise UserError(f"{where}: not a run's record: {', '.join(missing)} missing")
-    for name in ("metrics", "config"):
-        if not isinstance(record[name], dict):
+    for name in ("metrics", "config", "cell", "environment"):
+        if not isinstance(record.get(name) or {}, dict):
             raise UserError(f"{where}: damaged record: {name} is no mapping")
+    if not isinstance((record.get("cell") or {}).get("order") or [], list):
+        raise UserError(f"{where}: damaged record: the cell's order is no list")
+    for name in ("curve", "collapse", "collapse_untrained"):
+        columns = record.get(name)
+        if not columns or not isinstance(columns, dict):  # schema 1 had a list here
+            continue
+        if not all(isinstance(v, list) for v in columns.values()) or len(set(map(len, columns.values()))) > 1:
+            raise UserError(f"{where}: damaged record: {name} is not lists of one length")
+        if name == "curve" and "epoch" not in columns:
+            raise UserError(f"{where}: damaged record: curve has no epoch")
     return record
 
 
@@ -121,6 +131,7 @@ def _row(where: str, record: dict[str, Any], configured: set[str]) -> dict[str, 
     family = cell["family"] or (method if scale is None else str(method).replace(f" s={scale:g}", ""))
     row = {
         "path": where,
+        "seed": None,
         **cell,
         "family": family,
         "note": cell["note"] or "\n".join(notes_of(record["experiment"], str(family), record["config"])),
@@ -143,7 +154,7 @@ def _of_probe(record: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for state in ("", "_untrained"):
         by_layer, spectrum = record.get(f"collapse{state}"), record.get(f"spectrum{state}")
-        if isinstance(by_layer, dict):
+        if isinstance(by_layer, dict) and all(by_layer.values()):  # a network of one layer has no hidden one
             found |= {f"{name}{state}": _number(values[-1]) for name, values in by_layer.items() if name != "layer"}
         values = [_number(value) for value in spectrum or ()]
         if np.sum(values) > 0:  # neither NaN nor all zero

@@ -44,14 +44,6 @@ class Difference:
     paired: bool
 
 
-def welch(a: Summary, b: Summary) -> float | None:
-    """Two-sided p of Welch's t-test from two summaries (Welch, Biometrika 1947); None unless both have a spread."""
-    for _, std, n in (a, b):
-        if not std or pd.isna(std) or n is None or n < 2:
-            return None
-    return float(stats.ttest_ind_from_stats(*a, *b, equal_var=False).pvalue)
-
-
 def pairs(a: pd.Series[Any], b: pd.Series[Any]) -> pd.Series[Any] | None:
     """The differences a − b of the runs that share their index; None where fewer than two do."""
     common = a.index.intersection(b.index)
@@ -135,6 +127,7 @@ def bootstrap_mean(values: Sequence[float]) -> tuple[float, float]:
     """
     if len(values) < 6:
         return math.nan, math.nan
+    values = sorted(values)  # the draws are by place
     found = stats.bootstrap((values,), np.mean, confidence_level=1 - LEVEL, method="percentile", random_state=0)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 

@@ -70,8 +70,8 @@ class Config(RecordsConfig):
     show: Literal["table", "cells", "costs", "agreement", "sentence", "headline"] = "table"
     """table: the cells, and beside them the numbers from elsewhere; cells: without these; costs: the table of --costs
     alone; agreement: how many published cells agree, and which do not; sentence: the same in a sentence, and what
-    --against finds in another; headline: without naming the cells, for the first form of ContraNorm only, and silent
-    where no published cell has been run."""
+    --against finds in another; headline: without naming the cells, with --best for the first form of ContraNorm only,
+    and silent where no published cell has been run."""
     against: str | None = None
     """Also show how each cell differs from that of this row, over seeds: a method (`vanilla`), or `field=value`."""
     test: Literal["t", "wilcoxon", "both"] | None = None
@@ -97,6 +97,8 @@ class Config(RecordsConfig):
         for name, value in PRESETS.get(self.preset or "", {}).items():
             if getattr(self, name) is None and not (name == "test" and self.margin is not None):  # TOST is the margin's
                 setattr(self, name, value)
+        if self.rows is not None and not split_names(self.rows):
+            raise ValueError(f"--rows {self.rows!r} names no field")
         if (self.best is None) != (self.by is None):
             raise ValueError("--best and --by belong together: the field to choose, and the metric that chooses")
         if self.by is not None and "test" in self.by:
@@ -156,6 +158,7 @@ def compare(
     shown = [*keys, *({config.best} - {None, *keys})]
     rows: list[dict[str, Any]] = []
     p_values: list[float | None] = []
+    several: list[Sequence[Entry]] = []
     marks, sources, compared = dict[str, str](), dict[str, dict[str, None]](), set[tuple[str, ...]]()
     for name, cells in tables.items():
         for cell in rows_of(cells):
@@ -166,6 +169,7 @@ def compare(
             compared |= {labels} if name == metric else set()
             for entry in found:
                 sources.setdefault(KINDS[entry.kind], {})[entry.source] = None
+            several.append(found)
             row, p = _beside(cell, found, marks, config.percent)
             rows.append(dict(zip(map(str, shown), labels, strict=True)) | {"metric": name} | row)
             p_values.append(p)
@@ -178,6 +182,9 @@ def compare(
         beside = beside.drop(columns="metric")
     beside = beside[[name for name in beside if name in keys or (beside[name] != "").any()]]
     rule = [RULE] if "agrees" in beside else []
+    if any(len({entry.kind for entry in found}) > 1 for found in several):
+        first = "difference, p and agrees: from the reference code where it was run, else from the authors' number"
+        rule.insert(0, first)
     notes = [f"{mark} {note}" for note, mark in marks.items()]
     return beside, [*notes, *rule, *(f"{title}: {'; '.join(of)}" for title, of in sources.items())]
 
@@ -192,7 +199,7 @@ def _beside(
         row[title] = " / ".join(show(e.mean, e.std, e.n, percent) + _mark(e.notes(cell), marks) for e in entries)
     ranks = ("reference-run", "authors", "third-party re-run")
     other = min(found, key=lambda entry: ranks.index(entry.kind))
-    p, verdict = agrees(cell, other)
+    p, verdict, _ = agrees(cell, other)
     row["ours"] = show(cell["mean"], cell["std"], cell["n"], percent)
     row["difference"] = signed(cell["mean"] - other.mean, percent)
     return row | {"agrees": {True: "yes", False: "no", None: ""}[verdict]}, p
@@ -213,9 +220,7 @@ def differences(cells: pd.DataFrame, keys: list[str], config: Config) -> pd.Data
     Raises:
         UserError: no row is called so, or no other has a cell in common with it.
     """
-    field, _, value = (config.against or "").partition("=")
-    if field not in keys:  # a method, whose name may hold an =
-        field, value = next((name for name in ("method", "family") if name in keys), ""), str(config.against)
+    field, value = _baseline(keys, config)
     if field not in keys or value not in set(cells[field].map(text_of)):
         raise UserError(f"--against {config.against}: no such row; write a method, or field=value of a field of --rows")
     others = comparison(cells, keys, field)
@@ -241,6 +246,14 @@ def differences(cells: pd.DataFrame, keys: list[str], config: Config) -> pd.Data
     return cells.assign(**{n: pd.Series(values, index=cells.index, dtype=object) for n, values in columns.items()})
 
 
+def _baseline(keys: Sequence[str], config: Config) -> tuple[str, str]:
+    """The field and the value that `--against` names; a method may hold an = of its own."""
+    field, _, value = (config.against or "").partition("=")
+    if field in keys:
+        return field, value
+    return next((name for name in ("method", "family") if name in keys), ""), str(config.against)
+
+
 def _text(cell: pd.Series[Any], config: Config, best: str | None) -> str:
     """`67.60 ± 2.24 (3) [4.0], +11.11, p 0.02`: the cell, the scale chosen, and how it differs from --against.
 
@@ -264,7 +277,11 @@ def against_sentences(cells: pd.DataFrame, config: Config) -> list[str]:
     cells = cells[cells["found"].notna()]
     tested = sum(not pd.isna(p[0]) for p in cells["p"])
     name = next((name for name in ("method", "family") if name in split_names(config.rows)), "method")
-    for method, own in cells.groupby("family" if config.best == "scale" else name, sort=False):
+    name = "family" if config.best == "scale" else name
+    field, _ = _baseline([*split_names(config.rows), *split_names(config.columns)], config)
+    apart = [field] if field not in ("method", "family", "") and cells[field].nunique() > 1 else []
+    for (method, *others), own in cells.groupby([name, *apart], sort=False):
+        method = ", ".join([text_of(method), *(f"{field}={text_of(value)}" for value in others)])
         own = own[own["runs"].notna()]  # an average is no cell more
         means = [found.mean for found in own["found"]]
         shown = [found.mean for found, p in zip(own["found"], own["p"], strict=True) if p[0] < LEVEL]
@@ -329,7 +346,8 @@ def _caption(frame: pd.DataFrame, config: Config) -> str:
     splits = sorted(set(split_of(frame)))
     shown = ""
     if config.against:
-        shown = f", difference from {config.against}{' in points' if config.percent else ''} (pairs, if fewer), p of "
+        points = " in points" if config.percent else ""
+        shown = f", difference from {config.against}{points} (in brackets the pairs, where fewer), p of "
         shown += " / of ".join(config.tests.values())
         shown += f", {'each ' if len(config.tests) > 1 else ''}Holm-corrected over the table"
     parts = [
@@ -432,7 +450,7 @@ def _agreement(
     lines = [agreement_sentence(of, kinds[kind], named=named) for kind, of in told.items()]
     if config.show != "agreement":
         mine = [line for line in ours if METHOD in line.partition(" against ")[0]]
-        return " ".join([*lines[:1], *(mine if named else mine[:1])]) + "\n"
+        return " ".join([*lines[:1], *(mine if named or not config.best else mine[:1])]) + "\n"
     parts = [f"Rule: {RULE}.\n"]
     for line, of in zip(lines, told.values(), strict=True):
         table = agreement_table(of, config.percent)

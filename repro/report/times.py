@@ -26,24 +26,24 @@ class Config(RecordsConfig):
 
 def sentence(frame: pd.DataFrame) -> str:
     """Number of runs, seconds of each and together, memory, machine and commit."""
+    for name in ("seconds", "peak_rss_mb", "environment"):
+        if (missing := frame[name].isna() if name in frame else frame["path"].notna()).any():
+            raise UserError(f"{frame['path'][missing].iloc[0]}: the record has no {name}")
     seconds = pd.to_numeric(frame["seconds"])
-    if seconds.isna().any():
-        raise UserError(f"{frame['path'][seconds.isna()].iloc[0]}: the record has no seconds")
     low, high = duration(seconds.min()), duration(seconds.max())
     each = low if low == high else f"{low} to {high} each"
     together = f", {duration(seconds.sum())} together" if len(frame) > 1 else ""
     machines = dict.fromkeys(machine(environment) for environment in frame["environment"])
-    commits = dict.fromkeys(str((environment or {}).get("commit"))[:12] for environment in frame["environment"])
+    commits = dict.fromkeys(str(environment.get("commit"))[:12] for environment in frame["environment"])
     return (
         f"{len(frame)} run{'s' * (len(frame) > 1)}: {each}{together}, {pd.to_numeric(frame['peak_rss_mb']).max():,.0f} "
         f"MB of memory at most; {' and '.join(machines)}; as recorded at {', '.join(commits)}."
     )
 
 
-def machine(environment: dict[str, object] | None) -> str:
+def machine(environment: dict[str, object]) -> str:
     """`cpu, 1 thread`, or the GPU's name."""
-    found = environment or {}
-    device, threads = str(found.get("device")), found.get("threads")
+    device, threads = str(environment.get("device")), environment.get("threads")
     return f"{device}, {threads} thread{'s' * (threads != 1)}" if device == "cpu" else device
 
 

@@ -33,3 +33,8 @@ def test_a_table_with_a_column_for_each_depth(write_records, capsys):
     assert lines[0] == ["data", "depth", "2", "depth", "16"] and lines[2:3] == [
         ["cora", "0.5", "(80.0,", "of", "2)", "5", "(60.0,", "of", "2)"]
     ]
+
+
+def test_no_field_is_told():
+    with pytest.raises(UserError, match="--each '' names no field"):
+        best.main(["nowhere", "--each", ""])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from repro.errors import UserError
 from repro.report import check, figures, tables
 
 WHOLE = {"environment": {"commit": "abc", "versions": {"torch": "2"}}, "command": "python -m gnn.main --seed 0"}
@@ -105,3 +106,10 @@ def test_what_is_committed_is_what_its_records_say(root, monkeypatch, capsys):
     monkeypatch.chdir(root)
     code = check.main([])
     assert code == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", [".", "../elsewhere"])
+def test_results_of_another_place_are_refused(repository, monkeypatch, place):
+    """What their figures' commands draw would land there."""
+    with pytest.raises(UserError, match="not a folder below this one"):
+        check.main(["--results", place])

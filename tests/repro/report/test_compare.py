@@ -81,3 +81,9 @@ def test_runs_without_a_curve_or_a_cell_in_common(write_records, tmp_path):
     write_records([0.5], folder="c", data="dblp", method="m", depth=8)
     with pytest.raises(UserError, match="no cell"):
         compare.main([a, str(Path(b).with_name("c"))])
+
+
+def test_no_metric_in_both_is_told(write_records):
+    one, other = (write_records([0.5], metric=name, folder=name) for name in ("score", "accuracy"))
+    with pytest.raises(UserError, match="^no metric is in both$"):
+        compare.main([one, other])

@@ -103,6 +103,12 @@ def test_the_page_is_whole_and_loads_nothing(results):
     assert index["figures"] == [{"path": "table3/depth.svg", "command": index["figures"][0]["command"]}]
     assert index["figures"][0]["command"].startswith("python -m repro.report.figures ")
     data = json.loads(re.search(r'id="cells">(.*?)</script>', html, re.DOTALL)[1])
+    parts, data = data["parts"], data["cells"]
+    assert len(parts) == len({json.dumps(part) for part in parts})
+    for cell in data:
+        assert all((results / ".." / parts[run["record"][0]]).exists() for run in cell["runs"])
+        assert all(isinstance(parts[other["source"]], str) for other in cell["published"])
+        assert all(isinstance(parts[run["curve"]["epoch"]], list) for run in cell["runs"] if run["curve"])
     buttons = [int(n) for n in re.findall(r'data-cell="(\d+)"', html)]
     assert sorted(buttons) == list(range(len(data))) and data[0]["data"] == "stl<10>"
     assert "stl<10>" not in html and "stl&lt;10&gt;" in html

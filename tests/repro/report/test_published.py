@@ -247,3 +247,26 @@ def test_a_column_for_each_depth_or_task(capsys):
     assert "mnli accuracy_matched" in head and len(lines) == 3
     with pytest.raises(UserError, match="these numbers have"):
         main(["--where={data: cora}", "--columns=shape"])
+
+
+@pytest.mark.parametrize(
+    ("cell", "others"),
+    [
+        (
+            {"experiment": "BERT_glue", "model": "bert-base-uncased", "data": "rte", "num_train_epochs": 5,
+             "num_hidden_layers": None},
+            [{"num_train_epochs": 1}, {"num_hidden_layers": 3}],
+        ),
+        (
+            {"experiment": "gnn", "model": "DeepGCN", "data": "citeseer", "depth": 4, "protocol": "reference",
+             "dropedge": 0.0, "residual": 0, "missing_rate": 0.0, "hid": 64, "epochs": 200},
+            [{"dropedge": 0.5}, {"residual": 2}, {"missing_rate": 10.0}],
+        ),
+    ],
+    ids=["glue", "graphs"],
+)  # fmt: skip
+def test_re_runs_of_others_are_of_the_published_setting(cell, others):
+    cell |= {"method": "vanilla", "family": "vanilla"}
+    found = [entry for entry in load_entries() if entry.kind == "third-party re-run" and entry.fits(cell)]
+    assert found and all(entry.fits({**cell, "num_hidden_layers": float("nan")}) for entry in found)
+    assert not any(entry.fits({**cell, **other}) for entry in found for other in others)

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 from repro.config import CellLabel, RunConfig
 from repro.errors import UserError
+from repro.report import figures
 from repro.report.records import comparable, find_records, load_records
 from repro.run.run import Run
 
+PARTS = '{"experiment": 1, "protocol": 1, "selection": 1, '
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-(2**53), 2**53)
 
 
@@ -81,7 +83,12 @@ def test_folders_files_lines_and_patterns(write_records, tmp_path):
         ('{"metrics"', "damaged record"),
         ("[]", "not a run's record"),
         ("{}", "experiment, protocol, selection, metrics, config missing"),
-        ('{"experiment": 1, "protocol": 1, "selection": 1, "metrics": 3, "config": {}}', "metrics is no mapping"),
+        (PARTS + '"metrics": 3, "config": {}}', "metrics is no mapping"),
+        (PARTS + '"metrics": {}, "config": {}, "cell": "vanilla"}', "cell is no mapping"),
+        (PARTS + '"metrics": {}, "config": {}, "cell": {"order": 3}}', "order is no list"),
+        (PARTS + '"metrics": {}, "config": {}, "curve": {"loss": [1]}}', "curve has no epoch"),
+        (PARTS + '"metrics": {}, "config": {}, "curve": {"epoch": [1, 2], "loss": [1]}}', "lists of one length"),
+        (PARTS + '"metrics": {}, "config": {}, "collapse": {"layer": [1], "variance": 1}}', "lists of one length"),
     ],
 )
 def test_what_is_no_record_is_named(tmp_path, text, told):
@@ -133,3 +140,17 @@ def test_what_a_probe_says_of_the_last_layer(write_records):
     extra = {"spectrum": ["nan"] * 4, "spectrum_untrained": [0.0] * 4}
     (row,) = load_records(write_records([0.5], folder="unknown", extra=extra)).to_dict("records")
     assert not any("dimensions" in name for name in row)
+
+
+def test_records_of_no_seed_and_of_no_hidden_layer_are_read(write_records):
+    """A probe of a network of one layer finds nothing to measure."""
+    extra = {"seed": None, "collapse": {"layer": [], "variance": []}, "spectrum": []}
+    folder = write_records([0.5], extra=extra)
+    (path,) = Path(folder).rglob("record.json")
+    record = json.loads(path.read_text())
+    del record["seed"]
+    path.write_text(json.dumps(record))
+    (row,) = load_records(folder).to_dict("records")
+    assert row["seed"] is None and "metrics.variance" not in row
+    with pytest.raises(UserError, match="no record holds spectrum"):
+        figures.main(["--records", folder, "--kind", "spectrum", "--output", "x.svg"])

@@ -14,7 +14,6 @@ from repro.errors import UserError
 from repro.report import published, readme, tables
 from repro.report.cells import aggregate
 from repro.report.records import load_records
-from repro.report.stats import Summary, welch
 from repro.report.tables import Config, build
 
 GNN = {"model": "DeepGCN", "hid": 32, "epochs": 200, "extra": {"experiment": "gnn"}}
@@ -238,7 +237,8 @@ def test_table_3_sets_the_reference_code_beside_ours(write_records, table):
         e for e in published.load_entries()
         if e.kind == "reference-run" and e.match["method"] == [CONTRANORM["method"]] and e.match["depth"] == 8
     ]  # fmt: skip
-    p = welch(Summary(np.mean(ours), np.std(ours, ddof=1), 3), Summary(entry.mean, entry.std, entry.n))
+    theirs = entry.mean, entry.std, entry.n
+    p = stats.ttest_ind_from_stats(np.mean(ours), np.std(ours, ddof=1), 3, *theirs, equal_var=False).pvalue
     assert "74.30 ± 0.31 (5)" in line and "74.50 ± 0.50 (3)" in line and "+0.20" in line and f"{p:.2g}" in line
     assert "dblp" not in text.split("reference code as run")[1]
     bare = table(folder, "--preset", "table3", "--show", "cells", rows="")
@@ -324,8 +324,8 @@ def write_glue(write_records, tasks, score):
         for number, task in enumerate(tasks):
             folder = write_records(
                 [{"score": score(method, scale, number, seed)} for seed in (0, 1)], protocol="GLUE validation set",
-                extra={"experiment": "BERT_glue"}, model="bert-base-uncased", data=task, method=method, scale=scale,
-                order=[1, scale] if scale else [0],
+                extra={"experiment": "BERT_glue"}, num_train_epochs=5, model="bert-base-uncased", data=task,
+                method=method, scale=scale, order=[1, scale] if scale else [0],
             )  # fmt: skip
     return folder
 
@@ -350,8 +350,8 @@ def test_table_1_prints_the_average_over_tasks_beside_the_published_one(write_re
 def test_a_cell_without_a_published_score_shows_the_metric_that_was_published(write_records, table):
     runs = [{"score": 0.85, "accuracy": 0.8, "f1": 0.9}, {"score": 0.87, "accuracy": 0.82, "f1": 0.92}]
     for data, values in (("mrpc", runs), ("rte", [{"score": 0.7, "accuracy": 0.7}])):
-        folder = write_records(values, extra={"experiment": "BERT_glue"}, model="albert-base-v2", data=data,
-                               method="ContraNorm s=0.01", scale=0.01, order=[1])  # fmt: skip
+        folder = write_records(values, extra={"experiment": "BERT_glue"}, num_train_epochs=5, model="albert-base-v2",
+                               data=data, method="ContraNorm s=0.01", scale=0.01, order=[1])  # fmt: skip
     rows = comparison(table(folder, "--preset", "table1", rows=""))
     assert [(r["data"], r["metric"], r["re-run by others"], r["ours"], r["difference"]) for r in rows] == [
         ("rte", "accuracy", "78.70 †", "70.00 (1)", "-8.70"), ("mrpc", "f1", "92.83 †", "91.00 ± 1.41 (2)", "-1.83")
@@ -445,7 +445,7 @@ def test_methods_are_compared_with_a_row_of_the_table_by_seed(paired, table, wri
     shown = f"68.00 ± 12.83 (4), +3.00, p {4 * p:.2g}"  # Holm over the four cells
     assert contra == {"data": "cora", "method": "ContraNorm", "depth 2": shown, "depth 4": shown}
     assert other["depth 2"] == "65.00 ± 12.91 (4), +0.00 unpaired, p 1"
-    assert "difference from vanilla in points (pairs, if fewer), p of the paired t-test" in text
+    assert "difference from vanilla in points (in brackets the pairs, where fewer), p of the paired t-test" in text
     shown = "higher in 2, lower in 0 (p < 0.05 after Holm over 4 tests)"
     assert f"- ContraNorm against vanilla: +3.00 points over 2 cells; {shown}" in text  # too few for an interval
     assert "- other against vanilla: +0.00 points over 2 cells" in text
@@ -485,6 +485,7 @@ def test_equivalence_within_a_margin(paired, table):
     [
         (["--against", "nobody"], "--against nobody: no such row"),
         (["--against", "depth=9"], "no such row"),
+        (["--rows", ","], "--rows ',' names no field"),
         (["--margin", "0.02"], "--margin needs --against"),
         (["--test", "both"], "--test needs --against"),
         (["--against", "vanilla", "--margin", "0"], "larger than 0"),
@@ -619,3 +620,34 @@ def test_records_from_before_the_variants_share_a_cell_with_new_ones(write_recor
     new = {"variant": None, "gfsa_order": None, "layer_scale_init": None}
     write_records([0.77], method="vanilla", order=[0], epochs=300, seeds=[1], note="", **new, **DEIT)
     assert "76.00 ± 1.41 (2)" in table(old, "--preset", "table2", rows=None)
+
+
+def test_each_value_that_is_held_against_another_has_a_line_of_its_own(write_records, table):
+    for way, values in (("blocked", [0.5, 0.51]), ("linear", [0.6, 0.61]), ("plain", [0.4, 0.41])):
+        folder = write_records(values, data="cora", method="CN", implementation=way, folder=f"all/{way}")
+    folder = str(folder).rpartition("/")[0]
+    text = table(folder, "--against", "implementation=blocked", rows="method,implementation")
+    assert "CN, implementation=linear against implementation=blocked: +10.00 points over 1 cell;" in text
+    assert "CN, implementation=plain against implementation=blocked: -10.00 points over 1 cell;" in text
+
+
+def test_a_chosen_scale_moves_no_row(write_records, table):
+    """It is part of the order of methods, and may be another one at each depth."""
+    for depth, best in ((2, 5.0), (8, 1.0), (16, 10.0)):
+        for scale in (1.0, 5.0, 10.0):
+            runs = [{"test_accuracy": 0.5, "validation_accuracy": 0.9 if scale == best else 0.1}] * 2
+            write_records(runs, data="cora", method=f"CN s={scale:g}", scale=scale, depth=depth, order=[1, scale])
+        folder = write_records(runs, data="cora", method="PN", depth=depth, order=[1, 2.0])
+    flags = ["--best", "scale", "--by", "validation_accuracy"]
+    rows = cells_of(table(folder, *flags, rows="family,depth"))
+    assert [(row["family"], row["depth"]) for row in rows] == [
+        ("CN", "2"), ("CN", "8"), ("CN", "16"), ("PN", "2"), ("PN", "8"), ("PN", "16"),
+    ]  # fmt: skip
+
+
+def test_a_note_tells_with_which_of_several_numbers_ours_is_compared(write_records, table):
+    run = dict(data="cora", depth=8, **GNN, **CONTRANORM, protocol="reference", dropedge=0, residual=0, missing_rate=0)
+    text = table(write_records([0.745, 0.75, 0.74], **run), "--preset", "table3", rows="")
+    assert (
+        "- difference, p and agrees: from the reference code where it was run, else from the authors' number.\n" in text
+    )

@@ -61,6 +61,12 @@ def test_a_record_without_seconds_is_named(write_records):
     path.write_text(path.read_text().replace('"seconds": 1.0', '"seconds": null'))
     with pytest.raises(UserError, match=f"{path}: the record has no seconds"):
         times.main([folder])
+    for name in ("seconds", "peak_rss_mb", "environment"):
+        record = json.loads(path.read_text()) | {"seconds": 1.0, "peak_rss_mb": 1.0, "environment": ENVIRONMENT}
+        del record[name]
+        path.write_text(json.dumps(record))
+        with pytest.raises(UserError, match=f"{path}: the record has no {name}"):
+            times.main([folder])
 
 
 @pytest.mark.parametrize("room", ["gnn", "gnn/arxiv", "BERT_glue", "ViT_imagenet"])
