@@ -135,12 +135,12 @@ def agreement_sentence(verdicts: list[Verdict], title: str, *, named: bool = Tru
     run = [v for v in verdicts if v.cell]
     decided = [v for v in run if v.agrees is not None]
     differ = [v for v in decided if not v.agrees]
-    text = f"Of {len(verdicts)} cells {title}, {len(run)} have been run here"
+    text = f"Of {len(verdicts)} cells {title}, {len(run)} {'has' if len(run) == 1 else 'have'} been run here"
     if decided:
         text += ": " if len(decided) == len(run) else f"; of {len(decided)} with two runs or more, "
-        text += f"{len(decided) - len(differ)} agree"
+        text += f"{len(decided) - len(differ)} agree{'s' * (len(decided) - len(differ) == 1)}"
     if differ:
-        text += f" and {len(differ)} do not" + (f" ({_places(differ)})" if named else "")
+        text += f" and {len(differ)} do{'es' * (len(differ) == 1)} not" + (f" ({_places(differ)})" if named else "")
     turned = [v for v in run if v.reversed]
     if turned:
         text += f"; in {len(turned)} the published order of {METHOD} and another method is reversed"
@@ -148,8 +148,8 @@ def agreement_sentence(verdicts: list[Verdict], title: str, *, named: bool = Tru
     halves = [v.half for v in decided if v.half is not None]
     if halves and named:
         wide = sum(half > WIDE for half in halves)
-        text += f". The median interval is ± {100 * statistics.median(halves):.1f} points; in {wide} it is wider than "
-        text += f"± {100 * WIDE:g}, and agreement there means little"
+        text += f". The median interval is ± {100 * statistics.median(halves):.1f} points"
+        text += f"; in {wide} it is wider than ± {100 * WIDE:g}, and agreement there means little" if wide else ""
     return text + "."
 
 

@@ -43,7 +43,7 @@ def test_agreeing_differing_and_missing_cells_are_counted(verdicts):
     found = verdicts(runs, entries)
     assert [v.agrees for v in found] == [True, False, None, None] and found[3].cell is None
     assert agreement_sentence(found, "published") == (
-        "Of 4 cells published, 3 have been run here; of 2 with two runs or more, 1 agree and 1 do not "
+        "Of 4 cells published, 3 have been run here; of 2 with two runs or more, 1 agrees and 1 does not "
         "(cora vanilla at depth 4). The median interval is ± 7.0 points; in 2 it is wider than ± 5, and agreement "
         "there means little."
     )
