@@ -138,9 +138,9 @@ class ContraNormOptions:
             check_switches(**{name: getattr(self, name) for name in checked})
             if self.positive and self.scale is None:
                 raise ValueError("positive needs a scale to start from")
-            if self.axis == "features" and self.implementation != "auto":
-                raise ValueError("implementation belongs to --axis tokens, not features: leave it out")
             if self.degree != 2 and self.implementation != "linear":
                 raise ValueError(f"degree belongs to --implementation linear, not {self.implementation}: leave it out")
+            if self.axis == "features" and self.implementation != "auto":
+                raise ValueError("implementation belongs to --axis tokens, not features: leave it out")
         except ValueError as error:
             raise ValueError(f"--{error}") from error

@@ -63,10 +63,11 @@ def metrics_table(a: pd.DataFrame, b: pd.DataFrame, metric: str | None) -> pd.Da
     measured = [set(frame.columns[frame.notna().any()]) for frame in (a, b)]
     shared = [str(name) for name in a if name in set.intersection(*measured)]
     both = [name.removeprefix("metrics.") for name in shared if name.startswith("metrics.")]
+    if not both:
+        raise UserError("no metric is in both")
     names = [name for name in both if metric in (None, name)]
     if not names:
-        wanted = f"--metric {metric}: not in both; " if metric else "no metric is in both"
-        raise UserError(wanted + (f"there are {', '.join(both)}" if both else ""))
+        raise UserError(f"--metric {metric}: not in both; there are {', '.join(both)}")
     cell = [name for name in CELL if max(frame[name].map(text_of).nunique() for frame in (a, b)) > 1]
     rows, p_values = [], []
     for name in names:

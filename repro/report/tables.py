@@ -158,7 +158,6 @@ def compare(
     shown = [*keys, *({config.best} - {None, *keys})]
     rows: list[dict[str, Any]] = []
     p_values: list[float | None] = []
-    several: list[Sequence[Entry]] = []
     marks, sources, compared = dict[str, str](), dict[str, dict[str, None]](), set[tuple[str, ...]]()
     for name, cells in tables.items():
         for cell in rows_of(cells):
@@ -169,7 +168,6 @@ def compare(
             compared |= {labels} if name == metric else set()
             for entry in found:
                 sources.setdefault(KINDS[entry.kind], {})[entry.source] = None
-            several.append(found)
             row, p = _beside(cell, found, marks, config.percent)
             rows.append(dict(zip(map(str, shown), labels, strict=True)) | {"metric": name} | row)
             p_values.append(p)
@@ -182,7 +180,7 @@ def compare(
         beside = beside.drop(columns="metric")
     beside = beside[[name for name in beside if name in keys or (beside[name] != "").any()]]
     rule = [RULE] if "agrees" in beside else []
-    if any(len({entry.kind for entry in found}) > 1 for found in several):
+    if (beside[[title for title in KINDS.values() if title in beside]] != "").sum(axis=1).max() > 1:
         first = "difference, p and agrees: from the reference code where it was run, else from the authors' number"
         rule.insert(0, first)
     notes = [f"{mark} {note}" for note, mark in marks.items()]
